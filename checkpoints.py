@@ -1,0 +1,107 @@
+"""Checkpoints that are whole or absent, loaded safely and strictly.
+
+A run's `last.pt` is a dict of tensors, numbers and strings: `target` and `guide` (state_dicts), `optimizer`, `epoch`,
+`settings` (every resolved flag), `classes` (their names, in label order).
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+
+DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 which its forward never calls
+WRAPPERS = ("state_dict", "model", "net")  # keys under which other projects keep the weights
+PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
+
+
+def save(path, content):
+    """`content` in the file `path`, whole or not at all: written aside, flushed to the disk, renamed.
+
+    Raises UserError where it cannot be written; what was at `path` is then still there.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load(path):
+    """What `save` or another project's `torch.save` put into `path`, on the CPU.
+
+    Only tensors, numbers, strings and containers are read: a file that would run code is refused. Raises UserError for
+    it, and for a file that is missing, truncated or no checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a checkpoint in it, such as {path / 'last.pt'}")
+    if not path.exists():
+        raise UserError(f"there is no file {path}")
+    with open(path, "rb") as file:
+        beginning = file.read(512).lstrip().lower()
+    if not beginning:
+        raise UserError(f"{path} is empty")
+    if beginning.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "GLOBAL" in reason or "Unsupported" in reason:
+            raise UserError(f"{path} holds more than tensors and numbers and could run code: refused") from None
+        raise UserError(f"{path} is no checkpoint, or a damaged one") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError):
+        raise UserError(f"{path} is no checkpoint, or a truncated one") from None
+
+
+def bare_state_dict(content):
+    """The state_dict inside `content` with this project's keys: wrappers, prefixes and dead entries taken off.
+
+    Raises UserError where there is none.
+    """
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise UserError("the file holds no state_dict")
+    state = {}
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"the file holds no state_dict: {key!r} is a {type(value).__name__}, not a tensor")
+        while key.startswith(PREFIXES):
+            key = key.split(".", 1)[1]
+        if not key.startswith(DEAD_PREFIX):
+            state[key] = value
+    return state
+
+
+def load_weights(model, state_dict, what="checkpoint"):
+    """Loads `state_dict` into `model`, every key and every shape, or raises UserError with what differs and loads
+    nothing."""
+    own = model.state_dict()
+    missing = [key for key in own if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in own]
+    reshaped = [
+        f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state_dict and state_dict[key].shape != own[key].shape
+    ]
+    found = [("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)]
+    lists = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in found if keys]
+    if lists:
+        raise UserError(f"{what} is of another network: {'; '.join(lists)}")
+    model.load_state_dict(state_dict)
+
+
+def _some(keys, shown=3):
+    return ", ".join(keys[:shown]) + (" ..." if len(keys) > shown else "")

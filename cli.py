@@ -1,0 +1,133 @@
+"""What both command lines share: one-line errors, exact numbers, and the facts a measured figure carries."""
+
+import argparse
+import functools
+import math
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torchvision
+
+
+class UserError(Exception):
+    """A person's mistake: the message says in one line what is wrong and how to mend it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors; flags are typed in full, so that a typo is never another flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def command(main):
+    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C."""
+
+    @functools.wraps(main)
+    def with_status(argv=None):
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:  # a full disk, a folder that cannot be written
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0
+
+    return with_status
+
+
+def number(text):
+    """'8/255' or '0.031' as the nearest float. Raises ValueError for anything else, infinities included."""
+    try:
+        value = float(Fraction(text) if "/" in text else text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"'{text}' is not a number like 0.031 or 8/255")
+    return value
+
+
+def bounded(convert, low, high=math.inf):
+    """An argparse type: `convert` and then low <= value <= high."""
+
+    def parse(text):
+        try:
+            value = convert(text)
+        except ValueError:
+            kind = "a whole number" if convert is int else "a number like 0.031 or 8/255"
+            raise argparse.ArgumentTypeError(f"'{text}' is not {kind}") from None
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
+        return value
+
+    return parse
+
+
+def pick_device(name):
+    """The torch.device called `name`, by default the GPU if there is one. Raises UserError where it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device '{name}' cannot be used here: {reason}") from None
+    return device
+
+
+def full_float32():
+    """float32 means float32: TF32, torch's default in cuDNN's convolutions, is switched off."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
+def provenance(device):
+    """What a figure carries: versions, commit of this repository (with '+' where files differ from it), device."""
+    here = Path(__file__).resolve().parent
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "commit": _git(here, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"),
+        "device": gpu or f"{device.type}, {torch.get_num_threads()} threads",
+    }
+
+
+def _git(folder, *arguments):
+    # Only this project's own repository counts, not one that the files happen to be copied into.
+    if not (folder / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def write_text(path, text):
+    """`text` in the file `path`, whole or not at all."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

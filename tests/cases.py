@@ -1,0 +1,89 @@
+"""What several tests share: the golden values of the authors' releases, the tiny net they were recorded on, mutants."""
+
+import importlib.util
+import inspect
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+GOLDEN = Path(os.environ.get("DYNAT_GOLDEN", Path(__file__).parent / "golden"))
+
+
+class TinyNet(nn.Module):
+    """The network of the golden values: two convolutions with BatchNorm, the mean over H and W, a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.linear = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def golden_files():
+    """Every release_*.pt found, so that the tests can be parametrised by file."""
+    return sorted(GOLDEN.glob("release_*.pt"))
+
+
+def golden_case(file, name):
+    return torch.load(file, weights_only=True)[name]
+
+
+def tiny_net(state):
+    """A TinyNet in float64 and train mode with the given state_dict."""
+    net = TinyNet().double()
+    net.load_state_dict(state)
+    return net
+
+
+def joint_sgd(hp, *networks):
+    """One SGD over all the networks' weights, as the releases make it."""
+    weights = [weight for network in networks for weight in network.parameters()]
+    return torch.optim.SGD(weights, lr=hp["lr"], momentum=hp["momentum"], weight_decay=hp["weight_decay"])
+
+
+def assert_close(actual, expected, tolerance, what):
+    difference = (actual.detach().double() - expected.double()).abs().max().item()
+    assert difference <= tolerance, f"{what} differs by {difference:.3g}"
+
+
+def assert_state(network, expected, tolerance, what, buffers=True):
+    """Weights, and BatchNorm buffers unless told otherwise, agree with a state_dict to the tolerance."""
+    state = network.state_dict()
+    assert state.keys() == expected.keys()
+    names = state if buffers else [name for name, _ in network.named_parameters()]
+    for name in names:
+        assert_close(state[name], expected[name], tolerance, f"{what} {name}")
+
+
+def mutant(function, *replacements):
+    """`function` with pieces of its source replaced, (old, new) each found exactly once: what a test has to reject."""
+    source = inspect.getsource(inspect.unwrap(function))
+    for old, new in replacements:
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {function.__name__}"
+        source = source.replace(old, new)
+    namespace = dict(vars(sys.modules[function.__module__]))
+    exec(source, namespace)
+    return namespace[function.__name__]
+
+
+def mutant_module(module, *replacements):
+    """A copy of a module of the project with pieces of its source replaced, each found exactly once."""
+    source = Path(module.__file__).read_text()
+    for old, new in replacements:
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__name__}"
+        source = source.replace(old, new)
+    copy = importlib.util.module_from_spec(importlib.util.spec_from_loader(f"mutant_{module.__name__}", loader=None))
+    copy.__file__ = module.__file__
+    exec(compile(source, module.__file__, "exec"), vars(copy))
+    return copy

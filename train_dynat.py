@@ -1,0 +1,306 @@
+"""DYNAT, Dynamic Label Adversarial Training: a guide learns clean images from the ground truth, a target learns
+adversarial images from the guide's decisions, both from scratch and at the same time.
+
+    python train_dynat.py --dataset tiny                              two minutes on a CPU, nothing to download
+    python train_dynat.py --dataset cifar10 --target wrn34-10         the paper's main row
+    python train_dynat.py --method dynat-inner ...                    Eq. (7), the dynamic inner maximisation
+
+One update is `dynat_step` below; everything under it is the loop and the command line.
+"""
+
+import json
+import math
+import shlex
+import sys
+import time
+from argparse import BooleanOptionalAction
+from inspect import signature
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoints
+from attacks import eval_mode, linf_pgd, near_start, uniform_start
+from cli import Parser, UserError, bounded, command, full_float32, number, pick_device, provenance, write_text
+from data import DATASETS, check_classes, generator, load_images, subset, train_batches
+from evaluate import accuracy
+from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
+from models import NAMES, build_model
+
+
+def dynat_step(target, guide, optimizer, x, y, start, *, inner, epsilon, step_size, steps, beta, clean_forward=True):
+    """One update of DYNAT: min over both networks of CE(g(x), y) + beta * CE(f(x_adv), labels), Eq. (6).
+
+    target, guide   f and g, both in train mode, images in [0, 1] to logits (B, C); `optimizer` holds the weights of
+    both. x, y, start     clean images (B, 3, H, W) in [0, 1], ground truth (B,) int64, and where the attack begins.
+    inner           False: x_adv maximises KL(f(x) || f(.)), as LBGAT's does. True: it maximises CE(f(.), labels), Eq.
+    (7). epsilon, step_size, steps   of the attack, in units of pixels in [0, 1].
+
+    Returns x_adv and the update's figures, scalars on the device, detached. Source: DYNAT, dynat.py; its guide
+    forward at every PGD step is done once, which changes no weight (its batch statistics are the same each time).
+    """
+    guide_logits = guide(x)  # (B, C)  train mode, once per update
+    labels = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
+
+    with eval_mode(target):
+        if inner:  # Eq. (7)
+            objective = lambda logits: F.cross_entropy(logits, labels, reduction="sum")
+        else:
+            with torch.no_grad():
+                clean_logits = target(x)  # (B, C)  the same at every PGD step
+            objective = lambda logits: kl_divergence(clean_logits, logits).sum()
+        x_adv = linf_pgd(target, x, start, objective, epsilon=epsilon, step_size=step_size, steps=steps)
+
+    adv_logits = target(x_adv)  # (B, C)
+    if clean_forward:
+        with torch.no_grad():
+            target(x)  # no loss term: clean statistics enter the target's BatchNorm, as in the release
+
+    loss_guide = guide_loss(guide_logits, y)  # Eq. (4)
+    loss_target = target_loss(adv_logits, labels)  # Eq. (5)
+    loss = loss_guide + beta * loss_target  # Eq. (6)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return x_adv, {
+        "loss": loss.detach(),
+        "loss_guide": loss_guide.detach(),
+        "loss_target": loss_target.detach(),
+        "label_acc": (labels == y).float().mean(),  # from weak to strong: the share of dynamic labels that are right
+        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
+    }
+
+
+# A method: its step, whose keyword-only arguments are the settings it uses; where its attack begins, "near" or
+# "uniform"; its own settings. Milestones are (first epoch, learning-rate factor).
+DYNAT = {
+    "step": dynat_step,
+    "start": "near",
+    "epochs": 100,
+    "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],  # LBGAT's, with its warm-up epoch
+}
+METHODS = {"dynat": {**DYNAT, "inner": False}, "dynat-inner": {**DYNAT, "inner": True}}
+
+PAPER = {
+    "target": "wrn34-10",
+    "guide": "resnet18",
+    "batch_size": 128,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 2e-4,
+    "epsilon": 0.031,
+    "step_size": 2 / 255,
+    "steps": 10,
+    "beta": 1.0,
+    "clean_forward": True,
+}
+RELEASE = {"guide": "resnet18-lbgat", "step_size": 0.007}  # where the authors' release differs from the paper
+TINY = {"target": "cnn", "guide": "cnn", "epochs": 10, "batch_size": 64}  # about a minute on two cores
+UNNAMED = ("method", "dataset", "target", "seed", "data_dir", "eval_every", "deterministic")
+
+
+def options(method):
+    """The settings that a method's step uses."""
+    return [name for name, kind in signature(method["step"]).parameters.items() if kind.kind is kind.KEYWORD_ONLY]
+
+
+def resolve(typed):
+    """Every setting of a run, by flag: the paper's, then the method's own, the preset's, the data set's, and the typed.
+
+    `typed` holds what was typed and the run's flags with their defaults. If the epochs differ from the method's own,
+    the milestones scale with them. Returns the settings and the run's default folder, named by what differs from the
+    defaults.
+    """
+    method = METHODS[typed["method"]]
+    defaults = {**PAPER, **{name: value for name, value in method.items() if name not in ("step", "start")}}
+    if typed["preset"] == "release":
+        defaults.update(RELEASE)
+    if typed["dataset"] == "tiny":
+        defaults.update(TINY)
+    if typed["dataset"].startswith("cifar"):
+        defaults["data_dir"] = "data"
+    settings = {"data_dir": None, **defaults, **typed}
+    stretch = settings["epochs"] / method["epochs"]
+    settings["milestones"] = [(max(1, round(first * stretch)), factor) for first, factor in method["milestones"]]
+    if "lr_milestones" in typed:
+        drops = enumerate(sorted(typed["lr_milestones"]), start=1)
+        settings["milestones"] = [(1, 1.0)] + [(first, 10.0**-drop) for drop, first in drops]
+
+    name = "-".join([settings["method"], settings["dataset"], settings["target"], f"s{settings['seed']}"])
+    for flag, value in typed.items():
+        if flag not in UNNAMED and value not in (defaults.get(flag), "paper"):
+            values = value if isinstance(value, list) else [value]
+            name += f"-{flag.replace('_', '-')}-" + "-".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+    return settings, Path("runs") / name
+
+
+def learning_rate(settings, epoch):
+    """lr times the factor of the last milestone reached; epochs count from 1."""
+    return settings["lr"] * [factor for first, factor in settings["milestones"] if first <= epoch][-1]
+
+
+def train_epoch(networks, optimizer, images, settings, epoch, bar):
+    """One pass over the training images. Returns the epoch's figures: the means over the images of what the step
+    reports."""
+    method = METHODS[settings["method"]]
+    chosen = {name: settings[name] for name in options(method)}
+    totals = {}
+    for x, y, draws in train_batches(images, settings["batch_size"], settings["seed"], epoch):
+        start = near_start(x, draws) if method["start"] == "near" else uniform_start(x, settings["epsilon"], draws)
+        _, figures = method["step"](**networks, optimizer=optimizer, x=x, y=y, start=start, **chosen)
+        for name, value in figures.items():  # on the device: nothing waits for it before the epoch's end
+            totals[name] = totals.get(name, 0) + value * len(y)
+        bar.update(len(y))
+    return {name: float(total) / len(images.y) for name, total in totals.items()}
+
+
+def check_finite(figures, networks, epoch):
+    """Raises UserError if the epoch's loss or a weight is not finite, so that no such weight is ever saved."""
+    finite = math.isfinite(figures["loss"])
+    finite = finite and all(bool(p.isfinite().all()) for model in networks.values() for p in model.parameters())
+    if not finite:
+        raise UserError(
+            f"the loss or a weight stopped being finite in epoch {epoch}, which is not saved: try a smaller --lr"
+        )
+
+
+def train(settings, out, device):
+    """Trains as `settings` say, an epoch at a time, into the folder `out`; returns the log, one dict per epoch.
+
+    After each epoch `last.pt` and `log.jsonl` are replaced, each whole; at the end `weights.pt` is the target's
+    state_dict.
+    """
+    images = {split: load_images(settings["dataset"], split, settings["data_dir"]) for split in ("train", "test")}
+    classes = images["train"].classes
+    check_classes(classes, images["test"].classes, "the training images have")
+    if "train_images" in settings:
+        images["train"] = subset(images["train"], settings["train_images"], settings["seed"])
+    images = {split: found.to(device) for split, found in images.items()}
+
+    networks = {}
+    for role in ("target", "guide"):  # each from its own seed: the guide does not depend on the target's network
+        torch.manual_seed(generator("cpu", settings["seed"], role).initial_seed())
+        model = build_model(settings[role], len(classes))
+        networks[role] = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        [weight for model in networks.values() for weight in model.parameters()],
+        lr=settings["lr"],
+        momentum=settings["momentum"],
+        weight_decay=settings["weight_decay"],
+    )
+
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{out} exists already: choose another folder with --out") from None
+    config = {"settings": settings, "classes": classes, **provenance(device)}
+    write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
+    print(f"{out}: {len(images['train'].y)} training images, {len(images['test'].y)} test images, {config['device']}")
+    print("  ".join(f"{name} {_shown(value)}" for name, value in settings.items()))
+
+    log = []
+    epochs, count = settings["epochs"], len(images["train"].y)
+    with tqdm(total=epochs * count, unit="img", unit_scale=True, disable=None, smoothing=0.05) as bar:
+        for epoch in range(1, epochs + 1):
+            bar.set_description(f"epoch {epoch}/{epochs}")
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch)
+            began = time.perf_counter()
+            figures = train_epoch(networks, optimizer, images["train"], settings, epoch, bar)
+            seconds = time.perf_counter() - began
+            check_finite(figures, networks, epoch)
+            row = {"epoch": epoch, "lr": lr, **figures}
+            if epoch % settings["eval_every"] == 0 or epoch == epochs:
+                row["test_acc"] = accuracy(networks["target"], images["test"])
+                row["guide_test_acc"] = accuracy(networks["guide"], images["test"])
+            log.append({**row, "seconds": seconds, "images_per_second": count / seconds})
+            states = {role: model.state_dict() for role, model in networks.items()}
+            content = {**states, "optimizer": optimizer.state_dict(), "epoch": epoch}
+            checkpoints.save(out / "last.pt", {**content, "settings": settings, "classes": classes})
+            write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+            bar.write(report(log[-1], epochs))
+    checkpoints.save(out / "weights.pt", networks["target"].state_dict())
+    return log
+
+
+def _shown(value):
+    if isinstance(value, list):
+        return " ".join(f"{factor:g}@{first}" for first, factor in value)
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def report(row, epochs):
+    """An epoch's figures as one line for people."""
+    line = f"epoch {row['epoch']:3}/{epochs}  lr {row['lr']:<7.5g} loss {row['loss']:7.4f}"
+    for name in ("label_acc", "adv_acc", "test_acc", "guide_test_acc"):
+        if name in row:
+            line += f"  {name} {row[name]:6.2%}"
+    return line + f"  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+
+
+def network_name(text):
+    try:
+        with torch.device("meta"):
+            build_model(text, 10)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return text
+
+
+def parser():
+    p = Parser(prog="train_dynat.py", description=__doc__)
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10; tiny is made up, no download")
+    add("--data-dir", metavar="D", help="where CIFAR is or goes (default: data), or a folder with train/ and test/")
+    add("--train-images", type=bounded(int, 2), metavar="N", help="a class-balanced subset (default: all)")
+    add = p.add_argument_group("networks").add_argument
+    add("--target", type=network_name, metavar="NAME", help=f"{NAMES} (default: wrn34-10, the paper; tiny: cnn)")
+    add("--guide", type=network_name, metavar="NAME",
+        help="default: resnet18, the paper; resnet18-lbgat, its release; tiny: cnn")  # fmt: skip
+    add = p.add_argument_group("method").add_argument
+    add("--method", choices=METHODS, default="dynat", help="default: dynat")
+    add("--preset", choices=("paper", "release"), default="paper",
+        help="whose settings, where the paper's text and its authors' release differ (default: paper)")  # fmt: skip
+    add("--beta", type=bounded(number, 0), help="Eq. (6)'s weight of the target's loss (default: 1, the paper)")
+    add("--no-clean-forward", dest="clean_forward", action="store_false", default=None,
+        help="keep clean images out of the target's BatchNorm (default: they enter it, the release)")  # fmt: skip
+    add = p.add_argument_group("attack").add_argument
+    add("--epsilon", type=bounded(number, 0, 1), help="radius in units of pixels in [0, 1] (default: 0.031, the paper)")
+    add("--step-size", type=bounded(number, 0, 1), help="default: 2/255, the paper; 0.007, its release")
+    add("--steps", type=bounded(int, 0, 1000), help="default: 10, the release")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=bounded(int, 1), help="default: 100, the release; tiny: 10. The schedule scales with it")
+    add("--batch-size", type=bounded(int, 1), help="default: 128, the paper; tiny: 64")
+    add("--lr", type=bounded(number, 0), help="default: 0.1, the release")
+    add("--lr-milestones", type=bounded(int, 1), nargs="+", metavar="EPOCH",
+        help="divide lr by 10 at each (default: x0.2 in epoch 1, drops at 76 and 91, the release)")  # fmt: skip
+    add("--momentum", type=bounded(number, 0, 1), help="default: 0.9, the release")
+    add("--weight-decay", type=bounded(number, 0), help="default: 2e-4, the release")
+    add = p.add_argument_group("run").add_argument
+    add("--seed", type=bounded(int, 0), default=1, help="of networks, order, crops, flips and starts (default: 1)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    add("--deterministic", action=BooleanOptionalAction, default=True,
+        help="same seed, same device, same bytes (default); --no-deterministic may be faster on a GPU")  # fmt: skip
+    add("--eval-every", type=bounded(int, 1), default=1, metavar="N",
+        help="clean test accuracy after each N epochs (default: 1)")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="default: runs/<method>-<dataset>-<target>-s<seed>, and what differs")
+    return p
+
+
+@command
+def main(argv):
+    typed = {name: value for name, value in vars(parser().parse_args(argv)).items() if value is not None}
+    out, device = typed.pop("out", None), pick_device(typed.pop("device", None))
+    settings, named = resolve(typed)
+    full_float32()
+    torch.use_deterministic_algorithms(settings["deterministic"])
+    torch.backends.cudnn.benchmark = not settings["deterministic"]
+    out = out or named
+    train(settings, out, device)
+    print(f"\nThe target's weights are in {out / 'weights.pt'}. Attack both networks with")
+    print(shlex.join(["python", "evaluate.py", str(out / "last.pt"), "--network", "target,guide"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
