@@ -151,18 +151,18 @@ class CNN(nn.Module):
 
     def __init__(self, num_classes):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(32)
-        self.conv2 = nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(64)
-        self.conv3 = nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(128)
-        self.linear = nn.Linear(128, num_classes)
+        self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(32)
+        self.conv3 = nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(64)
+        self.linear = nn.Linear(64, num_classes)
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))  # (B, 32, 16, 16)
-        out = F.relu(self.bn2(self.conv2(out)))  # (B, 64, 8, 8)
-        out = F.relu(self.bn3(self.conv3(out)))  # (B, 128, 4, 4)
+        out = F.relu(self.bn1(self.conv1(x)))  # (B, 16, 16, 16)
+        out = F.relu(self.bn2(self.conv2(out)))  # (B, 32, 8, 8)
+        out = F.relu(self.bn3(self.conv3(out)))  # (B, 64, 4, 4)
         return self.linear(out.mean((2, 3)))  # (B, C)
 
 
