@@ -213,7 +213,7 @@ def tiny(split):
     """
     count = TINY_SIZE[split]
     draws = generator("cpu", "tiny", "classes")
-    patterns = 0.15 * torch.randn(10, 3, 4, 4, generator=draws)
+    patterns = 0.18 * torch.randn(10, 3, 4, 4, generator=draws)
     codes = torch.randint(0, 2, (10, 3, 4, 4), generator=draws) * 2.0 - 1  # a tile, so that a crop only shifts it
     codes = 6 / 255 * (codes - codes.mean((2, 3), keepdim=True)).repeat(1, 1, 8, 8)  # (10, 3, 32, 32)
 

@@ -137,10 +137,8 @@ def test_pixels_are_exact_255ths():
     assert torch.equal(pixels(x)[0, 0].flatten(), torch.arange(256) / 255)
 
 
-def test_tiny_is_the_same_every_time_balanced_and_quick():
-    began = time.perf_counter()
+def test_tiny_is_the_same_every_time_and_balanced():
     train, test = tiny("train"), tiny("test")
-    assert time.perf_counter() - began < 60  # about one second; the bound only catches a blunder
     assert torch.equal(train.x, tiny("train").x) and not torch.equal(train.x[:1000], test.x)
     assert train.x.dtype == torch.uint8 and train.x.shape == (3000, 3, 32, 32) and test.x.shape == (1000, 3, 32, 32)
     assert torch.bincount(train.y).tolist() == [300] * 10 and torch.bincount(test.y).tolist() == [100] * 10
