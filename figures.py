@@ -12,6 +12,7 @@ Every share of N images carries N and its 95 % interval (Wilson). Nothing is smo
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -229,16 +230,6 @@ def _differences(item, items):
             )
 
 
-def common(items):
-    """What the runs or evaluations share, as a picture's title: the data set and the target."""
-    shared = []
-    for name, shown in (("dataset", "{}"), ("target", "target {}")):
-        values = {item.settings.get(name) for item in items}
-        if len(values) == 1 and None not in values:
-            shared.append(shown.format(values.pop()))
-    return ", ".join(shared)
-
-
 def curve(run, name):
     """The epochs whose log has the figure `name`, and its values in percent. Raises UserError where none has it."""
     points = [(row["epoch"], 100 * row[name]) for row in run.log if name in row]
@@ -255,12 +246,18 @@ def images_behind(run, name):
     return run.images.get(split)
 
 
+def interval(percent, n):
+    """The 95 % confidence interval of an accuracy of n images, all in percent."""
+    low, high = wilson(round(percent * n / 100), n)
+    return 100 * low, 100 * high
+
+
 def spread(percent, n):
-    """An accuracy in percent with its 95 % interval where n is known: '83.2 % (80.8 to 85.4)'."""
+    """An accuracy in percent with its 95 % interval where n is known: '83.2 % [80.8, 85.4]'."""
     if n is None:
         return f"{percent:.1f} %"
-    low, high = wilson(round(percent / 100 * n), n)
-    return f"{percent:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    low, high = interval(percent, n)
+    return f"{percent:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def counted(numbers):
@@ -269,13 +266,17 @@ def counted(numbers):
 
 
 def plot(ax, run, name, i, label=None):
-    """Draws one figure of a run's log over its epochs, the i-th curve of the panel; returns epochs and percent."""
+    """Draws one figure of a run's log over its epochs, the i-th curve of the panel, with a band for its interval."""
     epochs, percent = curve(run, name)
+    colour, n = COLOURS[i % len(COLOURS)], images_behind(run, name)
+    if n is not None:
+        low, high = zip(*(interval(value, n) for value in percent), strict=True)
+        ax.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
     ax.plot(
         epochs,
         percent,
         label=label,
-        color=COLOURS[i % len(COLOURS)],
+        color=colour,
         linestyle=LINES[i % len(LINES)],
         marker=MARKERS[i % len(MARKERS)],
         markevery=max(1, len(epochs) // 12),
@@ -286,43 +287,63 @@ def plot(ax, run, name, i, label=None):
     ax.set_ylabel("accuracy (%)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.label_outer()
-    return epochs, percent
 
 
-def panel(ax, runs, labels, name, title):
-    """One curve per run of the log's figure `name`; the legend states the last value, its interval and n."""
-    behind = {images_behind(run, name) for run in runs} - {None}
-    for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        _, percent = curve(run, name)
-        plot(ax, run, name, i, f"{label}: {spread(percent[-1], images_behind(run, name))}")
-    ax.set_title(f"{title}, n = {counted(behind)}" if behind else title, loc="left")
-    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.18), borderaxespad=0, alignment="left",
-              title="last epoch and 95 % interval" if behind else "last epoch")  # fmt: skip
+def heading(items, text=""):
+    """A picture's title: the data set and the target that the runs or evaluations share, then `text`."""
+    shared = []
+    for name, shown in (("dataset", "{}"), ("target", "target {}")):
+        values = {item.settings.get(name) for item in items}
+        if len(values) == 1 and None not in values:
+            shared.append(shown.format(values.pop()))
+    return ": ".join(filter(None, [", ".join(shared), text]))
+
+
+def behind(runs, name):
+    """', n = 1,000, 95 % intervals': the images behind an accuracy of the logs; empty where no run says."""
+    numbers = {images_behind(run, name) for run in runs} - {None}
+    return f", n = {counted(numbers)}, 95 % intervals" if numbers else ""
+
+
+def legend(figure, ax, columns=1):
+    """What the curves or bars of `ax` are, below the picture, where it hides nothing."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=columns)
 
 
 def convergence(runs, labels):
     """Fig. 3: the target's accuracy per epoch, on the training batches under attack and on clean test images."""
     figure = Figure(figsize=(WIDTH, 3.4 + 0.2 * len(runs)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    panel(left, runs, labels, "adv_acc", "training batches under attack")
-    panel(right, runs, labels, "test_acc", "clean test images")
-    figure.suptitle(common(runs))
+    for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        _, train = curve(run, "adv_acc")
+        _, test = curve(run, "test_acc")
+        last = spread(test[-1], images_behind(run, "test_acc"))
+        plot(left, run, "adv_acc", i, f"{label}: last {train[-1]:.1f} % in training, {last} in test")
+        plot(right, run, "test_acc", i)
+    left.set_title("training batches under attack", loc="left")
+    right.set_title("clean test images" + behind(runs, "test_acc"), loc="left")
+    figure.suptitle(heading(runs))
+    legend(figure, left)
     return figure
 
 
 def clean(runs, labels):
     """Fig. 4: the target's accuracy on clean test images per epoch."""
-    figure = Figure(figsize=(WIDTH, 3.8 + 0.2 * len(runs)), layout="constrained")
-    panel(figure.subplots(), runs, labels, "test_acc", "clean test images")
-    figure.suptitle(common(runs))
+    figure = Figure(figsize=(WIDTH, 3.6 + 0.2 * len(runs)), layout="constrained")
+    ax = figure.subplots()
+    for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        _, percent = curve(run, "test_acc")
+        plot(ax, run, "test_acc", i, f"{label}: last {spread(percent[-1], images_behind(run, 'test_acc'))}")
+    figure.suptitle(heading(runs, "clean test images" + behind(runs, "test_acc")))
+    legend(figure, ax)
     return figure
 
 
 def weak_to_strong(runs, labels):
     """Sec. 3.3: dynamic labels grow from weak to strong, and the guide and the target with them. One panel per run."""
     columns = min(len(runs), 3)
-    lines = -(-len(runs) // columns)
-    figure = Figure(figsize=(WIDTH, 1.6 + 2.6 * lines), layout="constrained")
+    lines = math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(WIDTH, 1.4 + 2.4 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     curves = {
         "label_acc": "dynamic labels that are right, training batches",
@@ -332,21 +353,20 @@ def weak_to_strong(runs, labels):
     for ax, run, label in zip(panels.flat, runs, labels, strict=False):
         for i, (name, meaning) in enumerate(curves.items()):
             plot(ax, run, name, i, meaning)
-        n = images_behind(run, "test_acc")
-        ax.set_title(f"{label}\nn = {n:,} test images" if n else label, loc="left")
+        ax.set_title(label, loc="left")
     for ax in panels.flat[len(runs) :]:
         ax.remove()
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower left")
-    figure.suptitle(common(runs))
+    figure.suptitle(heading(runs, "from weak to strong" + behind(runs, "test_acc")))
+    legend(figure, panels[0, 0])
     return figure
 
 
 def overfitting(runs, labels):
     """Robust overfitting (Rice et al., 2020): accuracy under PGD-10 on held-out training images, from its best epoch,
-    a star, to the last. The thin line at the end is the loss; the best of many noisy values is itself a little high."""
-    figure = Figure(figsize=(WIDTH, 3.8 + 0.2 * len(runs)), layout="constrained")
+    a star, to the last. The thin line at the end is what was lost; the best of many noisy values is itself a little
+    high."""
+    figure = Figure(figsize=(WIDTH, 3.6 + 0.2 * len(runs)), layout="constrained")
     ax = figure.subplots()
-    behind = {images_behind(run, "val_pgd") for run in runs} - {None}
     for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
         epochs, percent = curve(run, "val_pgd")
         n, best, last = images_behind(run, "val_pgd"), max(percent), percent[-1]
@@ -355,10 +375,8 @@ def overfitting(runs, labels):
         colour = COLOURS[i % len(COLOURS)]
         ax.plot([at, epochs[-1], epochs[-1]], [best, best, last], color=colour, linewidth=0.8)
         ax.plot(at, best, "*", color=colour, markersize=15, markeredgecolor="white", zorder=3)
-    ax.set_title("held-out training images under PGD-10" + (f", n = {counted(behind)}" if behind else ""), loc="left")
-    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.18), borderaxespad=0, alignment="left",
-              title="best and last, 95 % interval" if behind else None)  # fmt: skip
-    figure.suptitle(common(runs))
+    figure.suptitle(heading(runs, "held-out training images under PGD-10" + behind(runs, "val_pgd")))
+    legend(figure, ax)
     return figure
 
 
@@ -392,10 +410,9 @@ def bars(evaluations, labels):
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="x", visible=False)
     ax.set_ylim(0)
-    ax.set_ylabel("accuracy (%)")
-    ax.set_title("with 95 % intervals", loc="left")
-    ax.legend(loc="upper right")
-    figure.suptitle(common(evaluations))
+    ax.set_ylabel("accuracy and 95 % interval (%)")
+    figure.suptitle(heading(evaluations))
+    legend(figure, ax, columns=2)
     return figure
 
 
@@ -407,8 +424,8 @@ def attack_caption(attack, evaluations):
         for name in ("epsilon", "step_size"):
             if row.get(name) != expected.get(name):
                 raise UserError(f"{attack} in {first} and in {source} differ in {name}: those bars do not compare")
-    radius = f"ε = {pixel_units(expected['epsilon'])}" if "epsilon" in expected else "no attack"
-    return f"{attack_name(attack)}\n{radius}\nn = {counted(row['n'] for row in rows.values())}"
+    epsilon = pixel_units(expected["epsilon"]) if "epsilon" in expected else "0"
+    return f"{attack_name(attack)}\nε = {epsilon}\nn = {counted(row['n'] for row in rows.values())}"
 
 
 def pictures(x, x_adv, probabilities, labels, classes, title, epsilon):
@@ -421,7 +438,7 @@ def pictures(x, x_adv, probabilities, labels, classes, title, epsilon):
     figure = Figure(figsize=(0.9 + 1.05 * count, 4.9), layout="constrained")
     grid = figure.subplots(3, count, squeeze=False)
     magnified = 0.5 + (x_adv - x) / (2 * epsilon)
-    lines = {"clean": (x, probabilities[0]), f"perturbation\ntimes {1 / (2 * epsilon):.0f}": (magnified, None),
+    lines = {"clean": (x, probabilities[0]), f"perturbation,\n{1 / (2 * epsilon):.0f} times": (magnified, None),
              "attacked": (x_adv, probabilities[1])}  # fmt: skip
     for line, (name, (content, found)) in zip(grid, lines.items(), strict=True):
         line[0].set_ylabel(name)
@@ -432,11 +449,14 @@ def pictures(x, x_adv, probabilities, labels, classes, title, epsilon):
             if found is not None:
                 share, guess = found[column].max(0)
                 right = int(guess) == int(labels[column])
-                ax.set_xlabel(f"{'✓' if right else '✗'} {classes[guess]}\n{share:.0%}", color=RIGHT if right else WRONG,
-                              weight="normal" if right else "bold")  # fmt: skip
+                ax.set_xlabel(
+                    f"{'✓' if right else '✗'} {classes[guess]}\n{100 * share:.0f} %",
+                    color=RIGHT if right else WRONG,
+                    weight="normal" if right else "bold",
+                )
     for ax, label in zip(grid[0], labels.tolist(), strict=True):
         ax.set_title(classes[label])
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\n{count} test images drawn at random")
     return figure
 
 
@@ -452,8 +472,7 @@ def attacked_images(args):
         probabilities = [model(batch).softmax(1) for batch in (x, x_adv)]
     settings = content["settings"]
     trained = f"{method_name(settings['method'])}, " if "method" in settings else ""
-    title = f"{trained}target {settings['target']}: {attack_name(args.attack)}, ε = {pixel_units(args.epsilon)}, " \
-            f"{len(images.y)} test images drawn at random"  # fmt: skip
+    title = f"{trained}target {settings['target']}: {attack_name(args.attack)}, ε = {pixel_units(args.epsilon)}"
     return pictures(x, x_adv, probabilities, images.y, images.classes, title, args.epsilon)
 
 
@@ -556,9 +575,9 @@ def parser():
     add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
     add("--dataset", choices=DATASETS, help="default: the run's")
     add("--data-dir", metavar="D", help="default: the run's, else 'data'")
-    add("--images", type=bounded(int, 1, 12), default=6, metavar="N", help="default: 6")
+    add("--images", type=bounded(int, 3, 12), default=6, metavar="N", help="default: 6")
     add("--attack", type=drawable_attack, default="pgd20", help="fgsm, pgd<steps> or cw (default: pgd20)")
-    add("--epsilon", type=bounded(number, 0, 1), default=8 / 255, metavar="E",
+    add("--epsilon", type=bounded(number, 1e-3, 1), default=8 / 255, metavar="E",
         help="radius in units of pixels in [0, 1] (default: 8/255, the release)")  # fmt: skip
     add("--step-size", type=bounded(number, 0, 1), default=2 / 255, metavar="A", help="default: 2/255, the paper")
     add("--seed", type=bounded(int, 0), default=0, metavar="S", help="of images and start (default: 0)")
