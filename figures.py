@@ -386,7 +386,7 @@ def bars(evaluations, labels):
     Raises UserError where two networks met the same attack with another epsilon or step size: those do not compare.
     """
     attacks = sorted({attack for evaluation in evaluations for attack in evaluation.rows}, key=attack_order)
-    figure = Figure(figsize=(WIDTH, 3.6 + 0.2 * len(evaluations)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6 + 0.1 * len(evaluations)), layout="constrained")
     ax = figure.subplots()
     width = 0.84 / len(evaluations)
     for i, (evaluation, label) in enumerate(zip(evaluations, labels, strict=True)):
@@ -432,14 +432,18 @@ def pictures(x, x_adv, probabilities, labels, classes, title, epsilon):
     """Images, their perturbation and the attacked images, with the label and the prediction of each.
 
     x and x_adv (N, 3, H, W) in [0, 1]; probabilities a pair of (N, C), on x and on x_adv; labels (N,). The perturbation
-    is magnified so that -epsilon is black, 0 grey and epsilon white.
+    is magnified so that -epsilon is black, 0 grey and epsilon white; an image that was misclassified before the attack
+    keeps its random start, because evaluate.py's attacks leave such an image alone.
     """
     count = len(labels)
     figure = Figure(figsize=(0.9 + 1.05 * count, 4.9), layout="constrained")
     grid = figure.subplots(3, count, squeeze=False)
     magnified = 0.5 + (x_adv - x) / (2 * epsilon)
-    lines = {"clean": (x, probabilities[0]), f"perturbation,\n{1 / (2 * epsilon):.0f} times": (magnified, None),
-             "attacked": (x_adv, probabilities[1])}  # fmt: skip
+    lines = {
+        "clean": (x, probabilities[0]),
+        f"perturbation,\n{1 / (2 * epsilon):.0f} times as large": (magnified, None),
+        "attacked": (x_adv, probabilities[1]),
+    }
     for line, (name, (content, found)) in zip(grid, lines.items(), strict=True):
         line[0].set_ylabel(name)
         for column, ax in enumerate(line):
@@ -509,7 +513,7 @@ def table(evaluations, labels):
 def _of(row, evaluation):
     settings = evaluation.settings
     method = settings.get("method")
-    if method == "dynat-awp" and settings["kl_weight"] == 0:
+    if method == "dynat-awp" and settings.get("kl_weight") == 0:
         method = "dynat-awp:0"
     theirs, ours = (
         (row["method"], row["dataset"], row["network"]),
