@@ -441,7 +441,7 @@ def pictures(x, x_adv, probabilities, labels, classes, title, epsilon):
     magnified = 0.5 + (x_adv - x) / (2 * epsilon)
     lines = {
         "clean": (x, probabilities[0]),
-        f"perturbation,\n{1 / (2 * epsilon):.0f} times as large": (magnified, None),
+        f"perturbation\n({1 / (2 * epsilon):.0f}-fold)": (magnified, None),
         "attacked": (x_adv, probabilities[1]),
     }
     for line, (name, (content, found)) in zip(grid, lines.items(), strict=True):

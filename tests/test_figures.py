@@ -268,7 +268,7 @@ def test_every_picture_is_written_whole_and_alone(tmp_path, checkpoint, kind, su
     if kind in CURVES:
         sources = [make_run(tmp_path / "a"), make_run(tmp_path / "b", method="lbgat")]
     else:
-        sources = [make_json(tmp_path / "a.json", MEASURED)] if kind == "bars" else [checkpoint]
+        sources = [make_json(tmp_path / "a.json", MEASURED)] if kind == "bars" else [checkpoint, "--attack", "pgd2"]
     out = tmp_path / "pictures" / f"{kind}{suffix}"
     out.parent.mkdir()
     assert figures.main([kind, *map(str, sources), "--out", str(out)]) == 0
