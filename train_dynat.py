@@ -24,28 +24,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
+import variants
 from attacks import eval_mode, linf_pgd, near_start, uniform_start
 from cli import Parser, UserError, bounded, command, full_float32, number, pick_device, provenance, write_text
 from data import DATASETS, check_classes, generator, load_images, subset, train_batches
 from evaluate import accuracy
 from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
 from models import NAMES, build_model
-from variants import (
-    at_awp,
-    dynat_awp,
-    dynat_gairat,
-    dynat_mail,
-    fat,
-    gairat,
-    lbgat,
-    mail,
-    mail_mse,
-    mart,
-    pgd_at,
-    sat,
-    trades,
-    trades_awp,
-)
 
 
 def dynat_step(target, guide, optimizer, x, y, start, *, inner, epsilon, step_size, steps, beta, clean_forward=True):
@@ -101,10 +86,7 @@ DYNAT = {
     "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],  # LBGAT's, with its warm-up epoch
     "where": {"release": {"guide": "resnet18-lbgat", "step_size": 0.007}},
 }
-METHODS = {"dynat": {**DYNAT, "inner": False}, "dynat-inner": {**DYNAT, "inner": True}}
-for variant in (dynat_awp, dynat_gairat, dynat_mail,
-                pgd_at, trades, mart, fat, sat, gairat, mail, mail_mse, at_awp, trades_awp, lbgat):  # fmt: skip
-    METHODS.update(variant.METHODS)
+METHODS = {"dynat": {**DYNAT, "inner": False}, "dynat-inner": {**DYNAT, "inner": True}, **variants.METHODS}
 
 PAPER = {
     "target": "wrn34-10",
