@@ -140,7 +140,7 @@ def resolve(typed):
         defaults["data_dir"] = "data"
 
     stretch = typed.get("epochs", defaults["epochs"]) / own["epochs"]
-    scaled = lambda epoch: max(1, round(epoch * stretch))
+    scaled = lambda epoch: max(1, round(epoch * stretch)) if epoch > 1 else epoch  # the first epoch stays the first
     for name in defaults:
         if name in SCHEDULES:
             defaults[name] = [(scaled(first), value) for first, value in defaults[name]]

@@ -217,7 +217,7 @@ BROKEN_PARTS = [
     ("gairat", geometry_pgd, ("return torch.ones_like(labels, dtype=torch.bool)", "return logits.argmax(1) == labels")),
     ("gairat", gairat_weights, ("weights / weights.mean()", "weights")),
     ("gairat", gairat_weights, ("shift=-1.0", "shift=0.0")),
-    ("gairat", gairat_weights, ("tanh(shift + 5", "tanh(shift - 5")),
+    ("gairat", gairat_weights, ("torch.tanh(shift + 5", "torch.tanh(shift - 5")),
     ("mail_at", mail_weights, ("3 * torch", "torch")),
     ("mail_at", mail_weights, ("bias=-0.5", "bias=0.5")),
     ("mail_at", mail_weights, ("adv_logits.detach()", "adv_logits")),
