@@ -115,7 +115,7 @@ def options(method):
 
 
 def resolve(typed):
-    """Every setting of a run, by flag: the paper's, then the method's own, the data set's, and the typed.
+    """Every setting of a run, by flag: the paper's, then the method's own, those of `tiny`, and the typed.
 
     `typed` holds what was typed and the run's flags with their defaults. If the epochs differ from the method's own,
     every epoch number of its schedule scales with them. Returns the settings and the run's default folder, named by

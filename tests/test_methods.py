@@ -251,3 +251,23 @@ def test_a_flag_that_a_method_cannot_use_is_refused(method):
             flag = "--no-clean-forward" if name == "clean_forward" else "--" + name.replace("_", "-")
             with pytest.raises(UserError, match=f"{method} does not use {flag}"):
                 settings_of(method, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("check", "old", "new"),
+    [
+        (test_every_epoch_number_scales_with_the_epochs, "scaled(defaults[name])", "defaults[name]"),
+        (test_every_epoch_number_scales_with_the_epochs, " if epoch > 1 else epoch", ""),
+        (test_every_epoch_number_scales_with_the_epochs, "max(1, round(epoch * stretch))", "round(epoch * stretch)"),
+        (test_a_typed_epoch_number_does_not_scale, "defaults, **typed}", "typed, **defaults}"),
+        (lambda: test_a_flag_that_a_method_cannot_use_is_refused("trades"), "if flag in unused:", "if False:"),
+        (lambda: test_what_depends_on_data_target_or_preset("lbgat", {"dataset": "cifar100"}, {"kl_weight": 6}),
+            '(typed["dataset"], target,', "(target,"),
+        (lambda: test_what_depends_on_data_target_or_preset("mart", {"target": "resnet18"}, {"kl_weight": 5}),
+            '(typed["dataset"], target,', '(typed["dataset"],'),
+    ],
+)  # fmt: skip
+def test_settings_resolved_otherwise_are_rejected(monkeypatch, check, old, new):
+    monkeypatch.setitem(globals(), "resolve", mutant(resolve, (old, new)))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check()
