@@ -4,6 +4,7 @@ adversarial images from the guide's decisions, both from scratch and at the same
     python train_dynat.py --dataset tiny                              two minutes on a CPU, nothing to download
     python train_dynat.py --dataset cifar10 --target wrn34-10         the paper's main row
     python train_dynat.py --method dynat-inner ...                    Eq. (7), the dynamic inner maximisation
+    python train_dynat.py --method trades ...                         any other row of its tables, see variants/
 
 One update is `dynat_step` below; everything under it is the loop and the command line.
 """
@@ -14,6 +15,7 @@ import shlex
 import sys
 import time
 from argparse import BooleanOptionalAction
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
+import variants
 from attacks import eval_mode, linf_pgd, near_start, uniform_start
 from cli import Parser, UserError, bounded, command, full_float32, number, pick_device, provenance, write_text
 from data import DATASETS, check_classes, generator, load_images, subset, train_batches
@@ -73,15 +76,17 @@ def dynat_step(target, guide, optimizer, x, y, start, *, inner, epsilon, step_si
     }
 
 
-# A method: its step, whose keyword-only arguments are the settings it uses; where its attack begins, "near" or
-# "uniform"; its own settings. Milestones are (first epoch, learning-rate factor).
+# A method: its step, whose keyword-only arguments are the settings it uses (`epoch` and `noise` come from the loop);
+# where its attack begins, "near" or "uniform"; its own settings; and "where": those that hold for a data set, for a
+# target or for the preset "release" alone. Milestones are (first epoch, learning-rate factor).
 DYNAT = {
     "step": dynat_step,
     "start": "near",
     "epochs": 100,
     "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],  # LBGAT's, with its warm-up epoch
+    "where": {"release": {"guide": "resnet18-lbgat", "step_size": 0.007}},
 }
-METHODS = {"dynat": {**DYNAT, "inner": False}, "dynat-inner": {**DYNAT, "inner": True}}
+METHODS = {"dynat": {**DYNAT, "inner": False}, "dynat-inner": {**DYNAT, "inner": True}, **variants.METHODS}
 
 PAPER = {
     "target": "wrn34-10",
@@ -96,34 +101,52 @@ PAPER = {
     "beta": 1.0,
     "clean_forward": True,
 }
-RELEASE = {"guide": "resnet18-lbgat", "step_size": 0.007}  # where the authors' release differs from the paper
 TINY = {"target": "cnn", "guide": "cnn", "epochs": 10, "batch_size": 64}  # about a minute on two cores
+SCHEDULES = ("milestones", "tau_milestones")  # [(first epoch, value)]
+EPOCHS = ("awp_start", "burn_in", "easy_until", "hardest_from")  # they all scale with --epochs
 UNNAMED = ("method", "dataset", "target", "seed", "data_dir", "eval_every", "deterministic")
 
 
 def options(method):
-    """The settings that a method's step uses."""
-    return [name for name, kind in signature(method["step"]).parameters.items() if kind.kind is kind.KEYWORD_ONLY]
+    """The settings that a method's step uses, and "guide" if it has one."""
+    parameters = signature(method["step"]).parameters.values()
+    used = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.name == "guide"]
+    return [name for name in used if name not in ("epoch", "noise")]
 
 
 def resolve(typed):
-    """Every setting of a run, by flag: the paper's, then the method's own, the preset's, the data set's, and the typed.
+    """Every setting of a run, by flag: the paper's, then the method's own, those of `tiny`, and the typed.
 
     `typed` holds what was typed and the run's flags with their defaults. If the epochs differ from the method's own,
-    the milestones scale with them. Returns the settings and the run's default folder, named by what differs from the
-    defaults.
+    every epoch number of its schedule scales with them. Returns the settings and the run's default folder, named by
+    what differs from the defaults. Raises UserError for a flag that the method cannot use.
     """
     method = METHODS[typed["method"]]
-    defaults = {**PAPER, **{name: value for name, value in method.items() if name not in ("step", "start")}}
-    if typed["preset"] == "release":
-        defaults.update(RELEASE)
-    if typed["dataset"] == "tiny":
-        defaults.update(TINY)
+    used = options(method)
+    unused = {name for other in METHODS.values() for name in options(other) if name not in used}
+    for flag in typed:
+        if flag in unused:
+            flag = "no_clean_forward" if flag == "clean_forward" else flag
+            raise UserError(f"--method {typed['method']} does not use --{flag.replace('_', '-')}: leave it out")
+
+    tiny = TINY if typed["dataset"] == "tiny" else {}
+    own = {name: value for name, value in method.items() if name not in ("step", "start", "where")}
+    target = typed.get("target", {**PAPER, **tiny}["target"])
+    for place in (typed["dataset"], target, typed["preset"]):
+        own.update(method.get("where", {}).get(place, {}))
+    defaults = {**PAPER, **own, **tiny}
+    defaults = {name: value for name, value in defaults.items() if name not in unused}
     if typed["dataset"].startswith("cifar"):
         defaults["data_dir"] = "data"
+
+    stretch = typed.get("epochs", defaults["epochs"]) / own["epochs"]
+    scaled = lambda epoch: max(1, round(epoch * stretch)) if epoch > 1 else epoch  # the first epoch stays the first
+    for name in defaults:
+        if name in SCHEDULES:
+            defaults[name] = [(scaled(first), value) for first, value in defaults[name]]
+        elif name in EPOCHS:
+            defaults[name] = scaled(defaults[name])
     settings = {"data_dir": None, **defaults, **typed}
-    stretch = settings["epochs"] / method["epochs"]
-    settings["milestones"] = [(max(1, round(first * stretch)), factor) for first, factor in method["milestones"]]
     if "lr_milestones" in typed:
         drops = enumerate(sorted(typed["lr_milestones"]), start=1)
         settings["milestones"] = [(1, 1.0)] + [(first, 10.0**-drop) for drop, first in drops]
@@ -145,15 +168,25 @@ def train_epoch(networks, optimizer, images, settings, epoch, bar):
     """One pass over the training images. Returns the epoch's figures: the means over the images of what the step
     reports."""
     method = METHODS[settings["method"]]
-    chosen = {name: settings[name] for name in options(method)}
+    parameters = signature(method["step"]).parameters
+    chosen = {name: settings[name] for name in options(method) if name != "guide"}
+    if "epoch" in parameters:
+        chosen["epoch"] = epoch
     totals = {}
     for x, y, draws in train_batches(images, settings["batch_size"], settings["seed"], epoch):
         start = near_start(x, draws) if method["start"] == "near" else uniform_start(x, settings["epsilon"], draws)
+        if "noise" in parameters:
+            chosen["noise"] = partial(normal_like, x, draws)
         _, figures = method["step"](**networks, optimizer=optimizer, x=x, y=y, start=start, **chosen)
         for name, value in figures.items():  # on the device: nothing waits for it before the epoch's end
             totals[name] = totals.get(name, 0) + value * len(y)
         bar.update(len(y))
     return {name: float(total) / len(images.y) for name, total in totals.items()}
+
+
+def normal_like(x, draws, k):
+    """N(0, 1) of the shape of x for the k-th PGD step, from the update's generator."""
+    return torch.randn(x.shape, generator=draws, device=x.device, dtype=x.dtype)
 
 
 def check_finite(figures, networks, epoch):
@@ -180,7 +213,9 @@ def train(settings, out, device):
     images = {split: found.to(device) for split, found in images.items()}
 
     networks = {}
-    for role in ("target", "guide"):  # each from its own seed: the guide does not depend on the target's network
+    for role in [
+        role for role in ("target", "guide") if role in settings
+    ]:  # each from its own seed: the guide does not depend on the target's network
         torch.manual_seed(generator("cpu", settings["seed"], role).initial_seed())
         model = build_model(settings[role], len(classes))
         networks[role] = model.to(device, memory_format=torch.channels_last)
@@ -213,7 +248,8 @@ def train(settings, out, device):
             row = {"epoch": epoch, "lr": lr, **figures}
             if epoch % settings["eval_every"] == 0 or epoch == epochs:
                 row["test_acc"] = accuracy(networks["target"], images["test"])
-                row["guide_test_acc"] = accuracy(networks["guide"], images["test"])
+                if "guide" in networks:
+                    row["guide_test_acc"] = accuracy(networks["guide"], images["test"])
             log.append({**row, "seconds": seconds, "images_per_second": count / seconds})
             states = {role: model.state_dict() for role, model in networks.items()}
             content = {**states, "optimizer": optimizer.state_dict(), "epoch": epoch}
@@ -226,7 +262,7 @@ def train(settings, out, device):
 
 def _shown(value):
     if isinstance(value, list):
-        return " ".join(f"{factor:g}@{first}" for first, factor in value)
+        return " ".join(f"{item[1]:g}@{item[0]}" if isinstance(item, tuple) else str(item) for item in value)
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
@@ -248,6 +284,19 @@ def network_name(text):
     return text
 
 
+def published(setting):
+    """The methods' own defaults of a setting, for --help: read from METHODS, so that they cannot differ."""
+    methods = {}
+    for name, method in METHODS.items():
+        places = {place: own[setting] for place, own in method.get("where", {}).items() if setting in own}
+        places.pop("release", None)  # said once, not for every method
+        if setting in method or places:
+            value = f"{method[setting]:.3g}" if setting in method else ""
+            value += "".join(f" ({place}: {special:.3g})" for place, special in places.items())
+            methods.setdefault(value, []).append(name)
+    return ", ".join(f"{' '.join(names)} {value}" for value, names in methods.items())
+
+
 def parser():
     p = Parser(prog="train_dynat.py", description=__doc__)
     add = p.add_argument_group("data").add_argument
@@ -257,26 +306,48 @@ def parser():
     add = p.add_argument_group("networks").add_argument
     add("--target", type=network_name, metavar="NAME", help=f"{NAMES} (default: wrn34-10, the paper; tiny: cnn)")
     add("--guide", type=network_name, metavar="NAME",
-        help="default: resnet18, the paper; resnet18-lbgat, its release; tiny: cnn")  # fmt: skip
+        help="default: resnet18, the paper; resnet18-lbgat, its release and LBGAT's; tiny: cnn")  # fmt: skip
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="dynat", help="default: dynat")
+    add("--method", choices=METHODS, default="dynat", metavar="M",
+        help=f"{', '.join(METHODS)} (default: dynat)")  # fmt: skip
     add("--preset", choices=("paper", "release"), default="paper",
         help="whose settings, where the paper's text and its authors' release differ (default: paper)")  # fmt: skip
-    add("--beta", type=bounded(number, 0), help="Eq. (6)'s weight of the target's loss (default: 1, the paper)")
+    add("--beta", type=bounded(number, 0),
+        help="Eq. (6)'s weight of the target's loss (default: 1, the paper; its AWP rows: 0.2 on cifar100 and in the "
+        "release)")  # fmt: skip
+    add("--kl-weight", type=bounded(number, 0), metavar="W",
+        help=f"of the KL term (default: {published('kl_weight')}; the releases)")  # fmt: skip
+    add("--awp-gamma", type=bounded(number, 0), metavar="G",
+        help=f"size of the weight perturbation, relative to the weights (default: {published('awp_gamma')}; the "
+        "releases)")  # fmt: skip
+    add("--awp-start", type=bounded(int, 1), metavar="EPOCH",
+        help=f"the first with perturbed weights (default: {published('awp_start')}; the releases)")  # fmt: skip
+    add("--burn-in", type=bounded(int, 0), metavar="N",
+        help=f"epochs before instances are weighted (default: {published('burn_in')}; the paper, the "
+        "releases)")  # fmt: skip
+    add("--label-smoothing", type=bounded(number, 0, 1), metavar="A",
+        help=f"of the target's labels (default: {published('label_smoothing')}; the paper)")  # fmt: skip
     add("--no-clean-forward", dest="clean_forward", action="store_false", default=None,
         help="keep clean images out of the target's BatchNorm (default: they enter it, the release)")  # fmt: skip
     add = p.add_argument_group("attack").add_argument
-    add("--epsilon", type=bounded(number, 0, 1), help="radius in units of pixels in [0, 1] (default: 0.031, the paper)")
-    add("--step-size", type=bounded(number, 0, 1), help="default: 2/255, the paper; 0.007, its release")
+    add("--epsilon", type=bounded(number, 0, 1),
+        help="radius in units of pixels in [0, 1] (default: 0.031, the paper; "
+        f"{published('epsilon')}; the releases)")  # fmt: skip
+    add("--step-size", type=bounded(number, 0, 1),
+        help=f"default: 2/255, the paper; 0.007, its release; {published('step_size')}; the releases")  # fmt: skip
     add("--steps", type=bounded(int, 0, 1000), help="default: 10, the release")
     add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=bounded(int, 1), help="default: 100, the release; tiny: 10. The schedule scales with it")
+    add("--epochs", type=bounded(int, 1),
+        help=f"default: {published('epochs')}; the releases; tiny: 10. Every epoch number of a schedule scales with "
+        "it, unless typed")  # fmt: skip
     add("--batch-size", type=bounded(int, 1), help="default: 128, the paper; tiny: 64")
-    add("--lr", type=bounded(number, 0), help="default: 0.1, the release")
+    add("--lr", type=bounded(number, 0), help=f"default: 0.1; {published('lr')}; the releases")
     add("--lr-milestones", type=bounded(int, 1), nargs="+", metavar="EPOCH",
-        help="divide lr by 10 at each (default: x0.2 in epoch 1, drops at 76 and 91, the release)")  # fmt: skip
+        help="divide lr by 10 at each (default: dynat x0.2 in epoch 1, drops at 76 and 91; every method as its "
+        "release; the run prints it)")  # fmt: skip
     add("--momentum", type=bounded(number, 0, 1), help="default: 0.9, the release")
-    add("--weight-decay", type=bounded(number, 0), help="default: 2e-4, the release")
+    add("--weight-decay", type=bounded(number, 0),
+        help=f"default: 2e-4; {published('weight_decay')}; the releases")  # fmt: skip
     add = p.add_argument_group("run").add_argument
     add("--seed", type=bounded(int, 0), default=1, help="of networks, order, crops, flips and starts (default: 1)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
@@ -298,8 +369,9 @@ def main(argv):
     torch.backends.cudnn.benchmark = not settings["deterministic"]
     out = out or named
     train(settings, out, device)
-    print(f"\nThe target's weights are in {out / 'weights.pt'}. Attack both networks with")
-    print(shlex.join(["python", "evaluate.py", str(out / "last.pt"), "--network", "target,guide"]))
+    networks = ["--network", "target,guide"] if "guide" in settings else []
+    print(f"\nThe target's weights are in {out / 'weights.pt'}. Attack what was trained with")
+    print(shlex.join(["python", "evaluate.py", str(out / "last.pt"), *networks]))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,17 @@ class TinyNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class Normalised(nn.Module):
+    """net((x - mean) / std), for the releases that normalise their images; mean and std per channel."""
+
+    def __init__(self, net, mean, std):
+        super().__init__()
+        self.net, self.mean, self.std = net, mean.view(3, 1, 1), std.view(3, 1, 1)
+
+    def forward(self, x):
+        return self.net((x - self.mean) / self.std)
+
+
 def golden_files():
     """Every release_*.pt found, so that the tests can be parametrised by file."""
     return sorted(GOLDEN.glob("release_*.pt"))

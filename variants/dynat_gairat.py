@@ -1,0 +1,65 @@
+"""DYNAT-GAIRAT and DYNAT-Inner-GAIRAT: GAIRAT's weights on the target's loss, with dynamic labels.
+
+    CE(g(x), y) + beta * w * CE(f(x_adv), labels)
+
+Nobody has released them. They are GAIRAT's script with the guide's decision in the place of y: in the target's loss,
+smoothed as the paper says, and for Inner in the attack as well, whose by-product kappa is.
+"""
+
+import torch.nn.functional as F
+
+from attacks import eval_mode
+from losses import dynamic_labels, gairat_weights, guide_loss
+from variants.gairat import geometry_pgd
+
+
+def dynat_gairat_step(
+    target, guide, optimizer, x, y, start, *,
+    inner, epsilon, step_size, steps, beta, label_smoothing, burn_in, epoch,
+):  # fmt: skip
+    """One update of CE(g(x), y) + beta * w * CE(f(x_adv), labels), w = 1 during the first `burn_in` epochs.
+
+    inner             False: the attack, and kappa behind w, on the ground truth y. True: on the dynamic labels, Eq.
+                      (7).
+    label_smoothing   a: the target's labels are 1 - a + a / C at the label and a / C elsewhere; the attack's and the
+                      guide's stay hard.
+    Other arguments as `dynat_step`.
+    """
+    guide_logits = guide(x)  # (B, C)  train mode, once per update
+    labels = dynamic_labels(guide_logits)  # (B,)
+
+    attacked = labels if inner else y
+    with eval_mode(target):
+        x_adv, kappa = geometry_pgd(target, x, start, attacked, epsilon=epsilon, step_size=step_size, steps=steps)
+
+    adv_logits = target(x_adv)  # (B, C)
+    losses = F.cross_entropy(adv_logits, labels, label_smoothing=label_smoothing, reduction="none")  # (B,)
+    if epoch > burn_in:
+        losses = gairat_weights(kappa, steps) * losses
+    loss_guide = guide_loss(guide_logits, y)
+    loss_target = losses.mean()
+    loss = loss_guide + beta * loss_target
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return x_adv, {
+        "loss": loss.detach(),
+        "loss_guide": loss_guide.detach(),
+        "loss_target": loss_target.detach(),
+        "label_acc": (labels == y).float().mean(),
+        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
+    }
+
+
+DYNAT_GAIRAT = {
+    "step": dynat_gairat_step,
+    "start": "uniform",
+    "epochs": 120,
+    "milestones": [(1, 1.0), (60, 0.1), (90, 0.01), (110, 0.005)],
+    "weight_decay": 5e-4,  # the paper, its exponent lost
+    "step_size": 0.007,
+    "label_smoothing": 0.2,  # the paper
+    "burn_in": 70,  # the paper
+    "where": {"release": {"guide": "resnet18-lbgat"}},
+}
+METHODS = {"dynat-gairat": {**DYNAT_GAIRAT, "inner": False}, "dynat-inner-gairat": {**DYNAT_GAIRAT, "inner": True}}
