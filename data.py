@@ -76,8 +76,8 @@ def train_batches(images, batch_size, seed, epoch):
         yield pixels(crop_and_flip(images.x[chosen], top, left, flip)), images.y[chosen], draws
 
 
-def subset(images, count, seed):
-    """`count` of the images, drawn from `seed`, the classes as equal in number as they can be; in the set's own order.
+def drawn(images, count, seed):
+    """Which images make a subset of `count`, drawn from `seed`, its classes as equal in number as can be: (N,) bool.
 
     Raises UserError if there are fewer.
     """
@@ -93,8 +93,23 @@ def subset(images, count, seed):
         members = y == label
         rank[members] = torch.arange(int(members.sum()))
     round_robin = torch.argsort(rank * len(images.classes) + class_order[y], stable=True)
-    chosen = shuffled[round_robin[:count]].sort().values.to(images.x.device)
-    return Images(images.x[chosen], images.y[chosen], images.classes)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[shuffled[round_robin[:count]]] = True
+    return chosen.to(images.x.device)
+
+
+def subset(images, count, seed):
+    """`count` of the images, class-balanced, drawn from `seed`, in the set's own order."""
+    chosen = drawn(images, count, seed)
+    return images._replace(x=images.x[chosen], y=images.y[chosen])
+
+
+def hold_out(images, count, seed):
+    """(the subset of `count` images, all the others). Raises UserError if none would be left."""
+    chosen = drawn(images, count, seed)
+    if chosen.all():
+        raise UserError(f"{count} images held out of {len(chosen)} leave none to train on")
+    return tuple(images._replace(x=images.x[part], y=images.y[part]) for part in (chosen, ~chosen))
 
 
 def check_classes(expected, found, what):

@@ -21,14 +21,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import checkpoints
 import variants
 from attacks import eval_mode, linf_pgd, near_start, uniform_start
 from cli import Parser, UserError, bounded, command, full_float32, number, pick_device, provenance, write_text
-from data import DATASETS, check_classes, generator, load_images, subset, train_batches
-from evaluate import accuracy
+from data import DATASETS, check_classes, generator, hold_out, load_images, subset, train_batches
+from evaluate import accuracy, robust
 from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
 from models import NAMES, build_model
 
@@ -101,6 +102,16 @@ PAPER = {
     "beta": 1.0,
     "clean_forward": True,
 }
+RUN = {
+    "dataset": "cifar10",
+    "method": "dynat",
+    "preset": "paper",
+    "seed": 1,
+    "deterministic": True,
+    "eval_every": 1,
+    "val_images": 0,
+    "ema": 0.0,
+}
 TINY = {"target": "cnn", "guide": "cnn", "epochs": 10, "batch_size": 64}  # about a minute on two cores
 SCHEDULES = ("milestones", "tau_milestones")  # [(first epoch, value)]
 EPOCHS = ("awp_start", "burn_in", "easy_until", "hardest_from")  # they all scale with --epochs
@@ -117,10 +128,11 @@ def options(method):
 def resolve(typed):
     """Every setting of a run, by flag: the paper's, then the method's own, those of `tiny`, and the typed.
 
-    `typed` holds what was typed and the run's flags with their defaults. If the epochs differ from the method's own,
-    every epoch number of its schedule scales with them. Returns the settings and the run's default folder, named by
-    what differs from the defaults. Raises UserError for a flag that the method cannot use.
+    If the epochs differ from the method's own, every epoch number of its schedule scales with them. Returns the
+    settings and the run's default folder, named by what differs from the defaults. Raises UserError for a flag that the
+    method cannot use.
     """
+    explicit, typed = typed, {**RUN, **typed}
     method = METHODS[typed["method"]]
     used = options(method)
     unused = {name for other in METHODS.values() for name in options(other) if name not in used}
@@ -152,8 +164,8 @@ def resolve(typed):
         settings["milestones"] = [(1, 1.0)] + [(first, 10.0**-drop) for drop, first in drops]
 
     name = "-".join([settings["method"], settings["dataset"], settings["target"], f"s{settings['seed']}"])
-    for flag, value in typed.items():
-        if flag not in UNNAMED and value not in (defaults.get(flag), "paper"):
+    for flag, value in explicit.items():
+        if flag not in UNNAMED and value != {**RUN, **defaults}.get(flag):
             values = value if isinstance(value, list) else [value]
             name += f"-{flag.replace('_', '-')}-" + "-".join(v if isinstance(v, str) else f"{v:g}" for v in values)
     return settings, Path("runs") / name
@@ -164,9 +176,9 @@ def learning_rate(settings, epoch):
     return settings["lr"] * [factor for first, factor in settings["milestones"] if first <= epoch][-1]
 
 
-def train_epoch(networks, optimizer, images, settings, epoch, bar):
-    """One pass over the training images. Returns the epoch's figures: the means over the images of what the step
-    reports."""
+def train_epoch(networks, averaged, optimizer, images, settings, epoch, bar):
+    """One pass over the training images, `averaged` (or None) following the target. Returns the epoch's figures: the
+    means over the images of what the step reports."""
     method = METHODS[settings["method"]]
     parameters = signature(method["step"]).parameters
     chosen = {name: settings[name] for name in options(method) if name != "guide"}
@@ -178,6 +190,8 @@ def train_epoch(networks, optimizer, images, settings, epoch, bar):
         if "noise" in parameters:
             chosen["noise"] = partial(normal_like, x, draws)
         _, figures = method["step"](**networks, optimizer=optimizer, x=x, y=y, start=start, **chosen)
+        if averaged is not None:
+            averaged.update_parameters(networks["target"])
         for name, value in figures.items():  # on the device: nothing waits for it before the epoch's end
             totals[name] = totals.get(name, 0) + value * len(y)
         bar.update(len(y))
@@ -199,65 +213,115 @@ def check_finite(figures, networks, epoch):
         )
 
 
-def train(settings, out, device):
-    """Trains as `settings` say, an epoch at a time, into the folder `out`; returns the log, one dict per epoch.
-
-    After each epoch `last.pt` and `log.jsonl` are replaced, each whole; at the end `weights.pt` is the target's
-    state_dict.
-    """
+def prepare_images(settings, device):
+    """The run's images on the device: "train", "test" and, held out of the training images, "val"."""
     images = {split: load_images(settings["dataset"], split, settings["data_dir"]) for split in ("train", "test")}
-    classes = images["train"].classes
-    check_classes(classes, images["test"].classes, "the training images have")
+    check_classes(images["train"].classes, images["test"].classes, "the training images have")
+    if settings["val_images"]:
+        images["val"], images["train"] = hold_out(images["train"], settings["val_images"], settings["seed"])
     if "train_images" in settings:
         images["train"] = subset(images["train"], settings["train_images"], settings["seed"])
-    images = {split: found.to(device) for split, found in images.items()}
+    return {split: found.to(device) for split, found in images.items()}
 
+
+def prepare_networks(settings, num_classes, device):
+    """Target and, where the method has one, guide, each initialised from its own seed: the guide is the same whatever
+    the target is. And one SGD over the weights of both."""
     networks = {}
-    for role in [
-        role for role in ("target", "guide") if role in settings
-    ]:  # each from its own seed: the guide does not depend on the target's network
-        torch.manual_seed(generator("cpu", settings["seed"], role).initial_seed())
-        model = build_model(settings[role], len(classes))
-        networks[role] = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        [weight for model in networks.values() for weight in model.parameters()],
-        lr=settings["lr"],
-        momentum=settings["momentum"],
-        weight_decay=settings["weight_decay"],
-    )
+    for role in ("target", "guide"):
+        if role in settings:
+            torch.manual_seed(generator("cpu", settings["seed"], role).initial_seed())
+            networks[role] = build_model(settings[role], num_classes).to(device, memory_format=torch.channels_last)
+    weights = [weight for model in networks.values() for weight in model.parameters()]
+    hyper = {"momentum": settings["momentum"], "weight_decay": settings["weight_decay"]}
+    return networks, torch.optim.SGD(weights, lr=settings["lr"], **hyper)
 
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{out} exists already: choose another folder with --out") from None
-    config = {"settings": settings, "classes": classes, **provenance(device)}
-    write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
-    print(f"{out}: {len(images['train'].y)} training images, {len(images['test'].y)} test images, {config['device']}")
-    print("  ".join(f"{name} {_shown(value)}" for name, value in settings.items()))
 
+def measure(networks, images, settings):
+    """Accuracies in eval mode: clean on the test images, clean and under PGD-10 on the held-out ones."""
+    row = {"test_acc": accuracy(networks["target"], images["test"])}
+    if "guide" in networks:
+        row["guide_test_acc"] = accuracy(networks["guide"], images["test"])
+    if "val" in images:
+        row["val_clean"] = accuracy(networks["target"], images["val"])
+        budget = {"epsilon": settings["epsilon"], "step_size": settings["step_size"]}
+        hits = robust(networks["target"], images["val"], "pgd10", **budget, batch_size=256, seed=settings["seed"])
+        row["val_pgd"] = float(hits.float().mean())
+    return row
+
+
+def train(settings, out, device, former=None):
+    """Trains as `settings` say, an epoch at a time, into the folder `out`; `former` is the checkpoint to go on from.
+
+    After each epoch `last.pt` and then `log.jsonl` are replaced, each whole; `best.pt` is the `last.pt` with the best
+    accuracy under PGD on the held-out images; at the end `weights.pt` is the target's state_dict.
+    """
+    images = prepare_images(settings, device)
+    classes, count, epochs = images["train"].classes, len(images["train"].y), settings["epochs"]
+    networks, optimizer = prepare_networks(settings, len(classes), device)
+    averaged = None
+    if settings["ema"]:
+        averaged = AveragedModel(
+            networks["target"], multi_avg_fn=get_ema_multi_avg_fn(settings["ema"]), use_buffers=True
+        )
     log = []
-    epochs, count = settings["epochs"], len(images["train"].y)
-    with tqdm(total=epochs * count, unit="img", unit_scale=True, disable=None, smoothing=0.05) as bar:
-        for epoch in range(1, epochs + 1):
+    if former is None:
+        out.mkdir(parents=True, exist_ok=True)
+        sizes = {split: len(found.y) for split, found in images.items()}
+        config = {"settings": settings, "classes": classes, "images": sizes, **provenance(device)}
+        write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
+    else:
+        check_classes(former["classes"], classes, f"{out} was trained on")
+        log = former["log"]
+        for role, model in networks.items():
+            checkpoints.load_weights(model, former[role], f"the {role} in {out}")
+        optimizer.load_state_dict(former["optimizer"])
+        if averaged is not None:
+            checkpoints.load_weights(averaged.module, former["ema"], f"the averaged target in {out}")
+            averaged.n_averaged.fill_(1)  # any number but 0, at which the average would start anew
+
+    shown = ", ".join(f"{len(found.y)} {split}" for split, found in images.items())
+    print(f"{out}: {shown} images, {provenance(device)['device']}")
+    print("  ".join(f"{name} {_shown(value)}" for name, value in settings.items()))
+    seen = count * len(log)
+    with tqdm(total=epochs * count, initial=seen, unit="img", unit_scale=True, disable=None, smoothing=0.05) as bar:
+        for epoch in range(len(log) + 1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
             lr = optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch)
             began = time.perf_counter()
-            figures = train_epoch(networks, optimizer, images["train"], settings, epoch, bar)
+            figures = train_epoch(networks, averaged, optimizer, images["train"], settings, epoch, bar)
             seconds = time.perf_counter() - began
             check_finite(figures, networks, epoch)
             row = {"epoch": epoch, "lr": lr, **figures}
             if epoch % settings["eval_every"] == 0 or epoch == epochs:
-                row["test_acc"] = accuracy(networks["target"], images["test"])
-                if "guide" in networks:
-                    row["guide_test_acc"] = accuracy(networks["guide"], images["test"])
+                row.update(measure(networks, images, settings))
+            best = "val_pgd" in row and row["val_pgd"] > max((past.get("val_pgd", -1) for past in log), default=-1)
             log.append({**row, "seconds": seconds, "images_per_second": count / seconds})
-            states = {role: model.state_dict() for role, model in networks.items()}
-            content = {**states, "optimizer": optimizer.state_dict(), "epoch": epoch}
-            checkpoints.save(out / "last.pt", {**content, "settings": settings, "classes": classes})
+
+            content = {role: model.state_dict() for role, model in networks.items()}
+            if averaged is not None:
+                content["ema"] = averaged.module.state_dict()
+            content["optimizer"] = optimizer.state_dict()
+            content.update(epoch=epoch, settings=settings, classes=classes, log=log)
+            if best:
+                checkpoints.save(out / "best.pt", content)
+            checkpoints.save(out / "last.pt", content)
             write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             bar.write(report(log[-1], epochs))
     checkpoints.save(out / "weights.pt", networks["target"].state_dict())
-    return log
+
+
+def resume(out, typed):
+    """The settings and the last checkpoint of the run in `out`; the epochs alone may be other ones, and then leave the
+    rest of the schedule as it is. Raises UserError for any other typed flag that differs from the run's."""
+    former = checkpoints.load(out / "last.pt")
+    if not isinstance(former, dict) or "settings" not in former:
+        raise UserError(f"{out / 'last.pt'} is not a run's checkpoint")
+    own = former["settings"]
+    for name, value in typed.items():
+        if name != "epochs" and own.get(name) != value:
+            raise UserError(f"the run in {out} has {name} {own.get(name)}, not {value}: to resume, leave that flag out")
+    return {**own, "epochs": typed.get("epochs", own["epochs"])}, former
 
 
 def _shown(value):
@@ -300,7 +364,7 @@ def published(setting):
 def parser():
     p = Parser(prog="train_dynat.py", description=__doc__)
     add = p.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10; tiny is made up, no download")
+    add("--dataset", choices=DATASETS, help="default: cifar10; tiny is made up, no download")
     add("--data-dir", metavar="D", help="where CIFAR is or goes (default: data), or a folder with train/ and test/")
     add("--train-images", type=bounded(int, 2), metavar="N", help="a class-balanced subset (default: all)")
     add = p.add_argument_group("networks").add_argument
@@ -308,9 +372,9 @@ def parser():
     add("--guide", type=network_name, metavar="NAME",
         help="default: resnet18, the paper; resnet18-lbgat, its release and LBGAT's; tiny: cnn")  # fmt: skip
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="dynat", metavar="M",
+    add("--method", choices=METHODS, metavar="M",
         help=f"{', '.join(METHODS)} (default: dynat)")  # fmt: skip
-    add("--preset", choices=("paper", "release"), default="paper",
+    add("--preset", choices=("paper", "release"),
         help="whose settings, where the paper's text and its authors' release differ (default: paper)")  # fmt: skip
     add("--beta", type=bounded(number, 0),
         help="Eq. (6)'s weight of the target's loss (default: 1, the paper; its AWP rows: 0.2 on cifar100 and in the "
@@ -349,26 +413,36 @@ def parser():
     add("--weight-decay", type=bounded(number, 0),
         help=f"default: 2e-4; {published('weight_decay')}; the releases")  # fmt: skip
     add = p.add_argument_group("run").add_argument
-    add("--seed", type=bounded(int, 0), default=1, help="of networks, order, crops, flips and starts (default: 1)")
+    add("--seed", type=bounded(int, 0), help="of networks, order, crops, flips and starts (default: 1)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    add("--deterministic", action=BooleanOptionalAction, default=True,
+    add("--deterministic", action=BooleanOptionalAction,
         help="same seed, same device, same bytes (default); --no-deterministic may be faster on a GPU")  # fmt: skip
-    add("--eval-every", type=bounded(int, 1), default=1, metavar="N",
-        help="clean test accuracy after each N epochs (default: 1)")  # fmt: skip
+    add("--eval-every", type=bounded(int, 1), metavar="N",
+        help="test, and validate, after each N epochs and the last (default: 1)")  # fmt: skip
+    add("--val-images", type=bounded(int, 0), metavar="N",
+        help="hold out N training images, class-balanced, and keep best.pt by PGD-10 on them (default: 0)")  # fmt: skip
+    add("--ema", type=bounded(number, 0, 1), metavar="DECAY",
+        help="keep an average of the target's weights as well, 0.999 or so (default: 0, none)")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="default: runs/<method>-<dataset>-<target>-s<seed>, and what differs")
+    add("--resume", action="store_true", default=None,
+        help="go on with the run in --out, or start it; other flags are the run's, --epochs may differ")  # fmt: skip
     return p
 
 
 @command
 def main(argv):
     typed = {name: value for name, value in vars(parser().parse_args(argv)).items() if value is not None}
-    out, device = typed.pop("out", None), pick_device(typed.pop("device", None))
+    out, device, resuming = typed.pop("out", None), pick_device(typed.pop("device", None)), typed.pop("resume", False)
     settings, named = resolve(typed)
+    out, former = out or named, None
+    if resuming and (out / "last.pt").exists():
+        settings, former = resume(out, typed)
+    elif out.exists() and not resuming:
+        raise UserError(f"{out} exists already: go on with --resume, or choose another folder with --out")
     full_float32()
     torch.use_deterministic_algorithms(settings["deterministic"])
     torch.backends.cudnn.benchmark = not settings["deterministic"]
-    out = out or named
-    train(settings, out, device)
+    train(settings, out, device, former)
     networks = ["--network", "target,guide"] if "guide" in settings else []
     print(f"\nThe target's weights are in {out / 'weights.pt'}. Attack what was trained with")
     print(shlex.join(["python", "evaluate.py", str(out / "last.pt"), *networks]))

@@ -348,3 +348,89 @@ def by_hand(model, root, name):
     rows = torch.from_numpy(pickle.loads((root / file).read_bytes())["data"])
     with torch.no_grad():
         return model.eval()(rows.view(-1, 3, 32, 32) / 255).argmax(1)
+
+
+# going on, averaging, held-out images
+
+
+def check_resume(module, folder):
+    """A run interrupted after its first epoch ends in the bytes of one that was not."""
+    schedule = ["--lr-milestones", "2", "--ema", "0.9", "--val-images", "20"]
+    whole = run(folder / "whole", *schedule, module=module)
+    run(folder / "parts", *schedule, "--epochs", "1", module=module)
+    assert module.main(["--out", str(folder / "parts"), "--resume", "--epochs", "2"]) == 0
+    assert (folder / "parts" / "weights.pt").read_bytes() == whole
+    a, b = (torch.load(folder / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    for role in ("target", "guide", "ema"):
+        assert all(torch.equal(a[role][key], b[role][key]) for key in a[role]), role
+    times = ("seconds", "images_per_second")
+    assert [{k: v for k, v in row.items() if k not in times} for row in a["log"]] == [
+        {k: v for k, v in row.items() if k not in times} for row in b["log"]
+    ]
+
+
+def test_a_resumed_run_ends_in_the_same_bytes(tmp_path):
+    check_resume(train_dynat, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        'optimizer.load_state_dict(former["optimizer"])',
+        'checkpoints.load_weights(averaged.module, former["ema"], f"the averaged target in {out}")',
+        "averaged.n_averaged.fill_(1)",
+    ],
+)
+def test_a_resume_that_forgets_something_is_rejected(tmp_path, old):
+    with pytest.raises(AssertionError):
+        check_resume(mutant_module(train_dynat, (old, "pass")), tmp_path)
+
+
+def test_resume_starts_a_run_that_has_no_checkpoint_yet_and_refuses_other_flags(tmp_path, capsys):
+    out = tmp_path / "a"
+    out.mkdir()  # as a run leaves it that is killed in its first epoch
+    first = run(out, "--resume")
+    assert run(tmp_path / "b") == first
+    assert "beta" in error_of(capsys, "--resume", "--out", str(out), "--beta", "2")
+    assert "--resume" in error_of(capsys, *SHORT, "--out", str(out))
+    assert (out / "weights.pt").read_bytes() == first
+
+
+def test_held_out_images_select_the_best_epoch_and_are_not_trained_on(tmp_path, monkeypatch):
+    seen = []
+    batches = train_dynat.train_batches
+
+    def watched(images, *args):
+        seen.append(images.x)
+        return batches(images, *args)
+
+    monkeypatch.setattr(train_dynat, "train_batches", watched)
+    values = iter([torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])])
+    monkeypatch.setattr(train_dynat, "robust", lambda *_, **__: next(values))  # the first epoch is the best
+    run(tmp_path / "a", "--val-images", "50")
+    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [row["val_pgd"] for row in rows] == pytest.approx([2 / 3, 1 / 3])
+    assert torch.load(tmp_path / "a" / "best.pt", weights_only=True)["epoch"] == 1
+    held_out = train_dynat.subset(train_dynat.load_images("tiny", "train"), 50, seed=1).x
+    trained = {bytes(image.numpy().tobytes()) for image in seen[0]}
+    assert not trained & {bytes(image.numpy().tobytes()) for image in held_out}
+
+
+def test_the_average_follows_the_target(tmp_path):
+    """One update with decay d: the first average is the target itself; two: d * former + (1 - d) * target."""
+    for epochs in (1, 2):
+        run(
+            tmp_path / str(epochs),
+            "--epochs",
+            str(epochs),
+            "--batch-size",
+            "96",
+            "--ema",
+            "3/4",
+            "--lr-milestones",
+            "9",
+        )
+    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in "12")
+    key = "linear.weight"
+    assert torch.equal(one["ema"][key], one["target"][key])
+    torch.testing.assert_close(two["ema"][key], 0.75 * one["target"][key] + 0.25 * two["target"][key])
