@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import matplotlib
@@ -36,6 +37,7 @@ MARKERS = ("o", "s", "^", "D", "v")
 HATCHES = ("", "///", "...", "\\\\\\", "xx")
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
 WIDTH = 7.0  # inches: a text column, so that text keeps its size in print
+LETTERS = 78  # that fit on a line of this width
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -296,7 +298,7 @@ def heading(items, text=""):
         values = {item.settings.get(name) for item in items}
         if len(values) == 1 and None not in values:
             shared.append(shown.format(values.pop()))
-    return ": ".join(filter(None, [", ".join(shared), text]))
+    return fill(": ".join(filter(None, [", ".join(shared), text])), LETTERS)
 
 
 def behind(runs, name):
@@ -307,7 +309,9 @@ def behind(runs, name):
 
 def legend(figure, ax, columns=1):
     """What the curves or bars of `ax` are, below the picture, where it hides nothing."""
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=columns)
+    handles, labels = ax.get_legend_handles_labels()
+    labels = [fill(label, LETTERS // columns - 6) for label in labels]
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def convergence(runs, labels):
@@ -353,7 +357,7 @@ def weak_to_strong(runs, labels):
     for ax, run, label in zip(panels.flat, runs, labels, strict=False):
         for i, (name, meaning) in enumerate(curves.items()):
             plot(ax, run, name, i, meaning)
-        ax.set_title(label, loc="left")
+        ax.set_title(fill(label, LETTERS // columns - 2), loc="left")
     for ax in panels.flat[len(runs) :]:
         ax.remove()
     figure.suptitle(heading(runs, "from weak to strong" + behind(runs, "test_acc")))

@@ -3,9 +3,11 @@
 import json
 import xml.etree.ElementTree as ElementTree
 
+import matplotlib
 import pytest
 import torch
 from cases import mutant, mutant_module
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import checkpoints
@@ -246,6 +248,37 @@ def checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     checkpoints.save(path, {**content, "classes": [f"class{label}" for label in range(10)]})
     return path
+
+
+def check_inside(module, folder):
+    """Every text of every picture lies on the canvas, also where names and titles are long."""
+    long = {"dataset": "cifar100", "target": "wrn34-10"}
+    runs = [
+        module.read_run(make_run(folder / f"{i}", method="dynat-inner-gairat", beta=i / 7, **long)) for i in (1, 2, 3)
+    ]
+    labels = [f"{name}, train images 40000, epochs 120" for name in module.names(runs, None)]
+    paths = [make_json(folder / f"{i}.json", MEASURED, method="dynat-inner-gairat", beta=i) for i in (1, 2, 3)]
+    evaluations = [found for path in paths for found in module.read_evaluations(path)]
+    with matplotlib.rc_context(module.STYLE):
+        pictures = [draw(runs, labels) for draw in module.FROM_RUNS.values()] + [module.bars(evaluations, labels)]
+        for figure in pictures:
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            legend_texts = [text for legend in figure.legends for text in legend.get_texts()]
+            titles = [text for ax in figure.axes for text in (ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label)]
+            for text in [figure._suptitle, *legend_texts, *titles]:
+                box = text.get_window_extent(canvas.get_renderer())
+                inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+                assert inside or not text.get_text(), text
+
+
+def test_no_text_is_cut_off(tmp_path):
+    check_inside(figures, tmp_path)
+
+
+def test_text_that_is_cut_off_is_rejected(tmp_path):
+    with pytest.raises(AssertionError):
+        check_inside(mutant_module(figures, ("fill(label, LETTERS // columns - 6)", "label")), tmp_path)
 
 
 def assert_whole(path):
