@@ -2,14 +2,13 @@
 
     python results/tiny.py          half an hour on two cores; after an interruption, the same command goes on
 
-Each row is two plain commands, printed as they run and kept in the table. What is finished is kept: a run in its folder
-under runs/tiny, its attacks in evaluation.json there. An unfinished run is removed and trained again.
+Each row is two plain commands, printed as they run and kept in the table. What is finished is kept, a run in its folder
+under runs/tiny, its attacks in evaluation.json there; what is not goes on.
 """
 
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ ATTACKS = ("clean", "pgd20", "cw")
 
 def commands(run, method, train_images):
     """The command that trains a row into the folder `run`, and the one that attacks what it trained."""
-    train = ["python", "train_dynat.py", "--dataset", "tiny", "--method", method, "--out", str(run)]
+    train = ["python", "train_dynat.py", "--dataset", "tiny", "--method", method, "--out", str(run), "--resume"]
     if train_images:
         train += ["--train-images", str(train_images)]
     networks = "target,guide" if "guide" in options(METHODS[method]) else "target"
@@ -41,7 +40,6 @@ def measure(run, method, train_images):
     """Trains and attacks what is not yet there. Returns the evaluation's report and the row's commands."""
     train, evaluate = commands(run, method, train_images)
     if not (run / "weights.pt").exists():
-        shutil.rmtree(run, ignore_errors=True)
         execute(train)
     if not (run / "evaluation.json").exists():
         execute(evaluate)
