@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 import evaluate
+import figures
 import train_dynat
 from cli import UserError
 
@@ -73,19 +74,45 @@ def test_another_story_is_rejected(quick_start):
             check_story(*broken)
 
 
+PARSERS = {"train_dynat.py": train_dynat.parser, "evaluate.py": evaluate.parser, "figures.py": figures.parser}
+
+
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python")])
 def test_every_command_of_the_readme_is_a_command(line):
     """Flags and names exist; what the long ones do is in the other tests, which run the same lines on small data."""
-    _, script, *argv = shlex.split(line)
-    parser = {"train_dynat.py": train_dynat.parser, "evaluate.py": evaluate.parser}[script]()
+    _, script, *argv = shlex.split(line.split("  #")[0])
+    parser = PARSERS[script]()
     if argv == ["--help"]:
         assert "--help" in parser.format_help()
         return
     args = parser.parse_args(argv)
     if script == "train_dynat.py":
         train_dynat.resolve({name: value for name, value in vars(args).items() if value is not None})
-    else:
+    if script == "evaluate.py":
         evaluate.attack_names(args.attacks)
+
+
+ROWS = re.findall(r"^\| .* \| `python (train_dynat\.py .*)` \| `python (evaluate\.py .*)` \|$", README, re.MULTILINE)
+
+
+def check_row(train, evaluation):
+    """A row of the paper's tables trains with settings that exist, and its evaluation names the run that it leaves."""
+    typed = vars(train_dynat.parser().parse_args(shlex.split(train)[1:]))
+    _, folder = train_dynat.resolve({name: value for name, value in typed.items() if value is not None})
+    attacked = evaluate.parser().parse_args(shlex.split(evaluation)[1:])
+    assert str(attacked.checkpoint) == f"{folder}/last.pt"
+    evaluate.attack_names(attacked.attacks)
+
+
+def test_every_row_of_the_papers_tables_has_its_two_commands():
+    assert len(ROWS) == 11 + 8 + 4 + 10
+    for row in ROWS:
+        check_row(*row)
+
+
+def test_a_row_that_evaluates_another_run_is_rejected():
+    with pytest.raises(AssertionError):
+        check_row(ROWS[0][0], ROWS[1][1])
 
 
 def test_a_command_with_a_flag_that_does_not_exist_is_rejected():
@@ -140,7 +167,7 @@ def flags(parser):
 
 
 def check_train_flags(parser, monkeypatch, folder):
-    read = {"out", "device"}  # taken by main, as every other test sees
+    read = {"out", "device", "resume"}  # taken by main, as other tests see
     resolve, train = train_dynat.resolve, train_dynat.train
     monkeypatch.setattr(train_dynat, "resolve", lambda typed: resolve(Recorder(typed, read)))
     monkeypatch.setattr(
