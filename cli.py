@@ -40,8 +40,8 @@ def command(main):
         except OSError as error:  # a full disk, a folder that cannot be written
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            print(": ".join(["interrupted", *stop.args]), file=sys.stderr)
             return 130
         return 0
 

@@ -1,7 +1,7 @@
 """DYNAT, Dynamic Label Adversarial Training: a guide learns clean images from the ground truth, a target learns
 adversarial images from the guide's decisions, both from scratch and at the same time.
 
-    python train_dynat.py --dataset tiny                              two minutes on a CPU, nothing to download
+    python train_dynat.py --dataset tiny                              a minute on a CPU, nothing to download
     python train_dynat.py --dataset cifar10 --target wrn34-10         the paper's main row
     python train_dynat.py --method dynat-inner ...                    Eq. (7), the dynamic inner maximisation
     python train_dynat.py --method trades ...                         any other row of its tables, see variants/
@@ -399,7 +399,7 @@ def parser():
         f"{published('epsilon')}; the releases)")  # fmt: skip
     add("--step-size", type=bounded(number, 0, 1),
         help=f"default: 2/255, the paper; 0.007, its release; {published('step_size')}; the releases")  # fmt: skip
-    add("--steps", type=bounded(int, 0, 1000), help="default: 10, the release")
+    add("--steps", type=bounded(int, 1, 1000), help="default: 10, the release")
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=bounded(int, 1),
         help=f"default: {published('epochs')}; the releases; tiny: 10. Every epoch number of a schedule scales with "
@@ -442,7 +442,10 @@ def main(argv):
     full_float32()
     torch.use_deterministic_algorithms(settings["deterministic"])
     torch.backends.cudnn.benchmark = not settings["deterministic"]
-    train(settings, out, device, former)
+    try:
+        train(settings, out, device, former)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"to go on after the last whole epoch, add --out {out} --resume") from None
     networks = ["--network", "target,guide"] if "guide" in settings else []
     print(f"\nThe target's weights are in {out / 'weights.pt'}. Attack what was trained with")
     print(shlex.join(["python", "evaluate.py", str(out / "last.pt"), *networks]))
