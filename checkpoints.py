@@ -6,6 +6,8 @@ A run's `last.pt` is a dict of tensors, numbers and strings: `target` and `guide
 
 import os
 import pickle
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -54,10 +56,12 @@ def load(path):
     if beginning.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: the reader gets one line, below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "GLOBAL" in reason or "Unsupported" in reason:
+        # A pickle begins with 0x80, alone or in a zip archive. Any other file is no code either, only unreadable.
+        if beginning.startswith((b"\x80", b"pk")) and re.search("GLOBAL|Unsupported", str(error)):
             raise UserError(f"{path} holds more than tensors and numbers and could run code: refused") from None
         raise UserError(f"{path} is no checkpoint, or a damaged one") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError):
