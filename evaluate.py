@@ -73,6 +73,16 @@ def cw(model, x, y, start, *, epsilon, step_size, steps=20):
     )
 
 
+def starts(x, places, epsilon, key):
+    """A uniform start for each image, drawn from `key` and the image's place in the test set and from nothing else, so
+    that neither the batch size nor what was attacked before changes it. Images x (B, 3, H, W), places (B,)."""
+    drawn = [
+        uniform_start(image, epsilon, generator(x.device, *key, place))
+        for image, place in zip(x, places.tolist(), strict=True)
+    ]
+    return torch.stack(drawn).contiguous(memory_format=torch.channels_last)
+
+
 def attack_batch(model, name, x, y, start, epsilon, step_size):
     """The images that attack `name` makes of x, checked: in the epsilon ball, in [0, 1] and finite, elementwise."""
     if name == "clean":
@@ -93,18 +103,20 @@ def attack_batch(model, name, x, y, start, epsilon, step_size):
 def robust(model, images, name, *, epsilon, step_size, batch_size, seed):
     """Which images are still classified as their label under attack `name`: (N,) bool, on the CPU.
 
-    In eval mode; the starts are drawn from (seed, name).
+    In eval mode; the starts are drawn from (seed, name). Raises UserError where a logit is not finite.
     """
     kept = []
-    draws = generator(images.x.device, seed, name)
-    batches = list(zip(images.x.split(batch_size), images.y.split(batch_size), strict=True))
-    with eval_mode(model), tqdm(total=len(images.y), desc=name, unit="img", disable=None, leave=False) as bar:
-        for x, y in batches:
-            x = pixels(x)
-            start = uniform_start(x, epsilon, draws)
+    places = torch.arange(len(images.y), device=images.x.device)
+    with eval_mode(model), tqdm(total=len(places), desc=name, unit="img", disable=None, leave=False) as bar:
+        for chosen in places.split(batch_size):
+            x, y = pixels(images.x[chosen]), images.y[chosen]
+            start = starts(x, chosen, epsilon, (seed, name))
             x_adv = attack_batch(model, name, x, y, start, epsilon, step_size)
             with torch.no_grad():
-                kept.append(correct(model, x_adv, y).cpu())
+                logits = model(x_adv)
+            if not logits.isfinite().all():
+                raise UserError("the network's logits are not finite: its weights are damaged")
+            kept.append((logits.argmax(1) == y).cpu())
             bar.update(len(y))
     return torch.cat(kept)
 
