@@ -237,3 +237,63 @@ def test_weights_of_another_network_are_refused_with_a_readable_list():
 def test_a_loader_that_is_not_strict_is_rejected(old, new):
     with pytest.raises((AssertionError, RuntimeError)):
         check_strict(mutant_module(checkpoints, (old, new)))
+
+
+def check_normalisation(module):
+    """Another project's normalisation becomes a layer in front: f((x - mean) / std), whatever its names and shapes."""
+    torch.manual_seed(0)
+    net, x = TinyNet().eval(), torch.rand(2, 3, 8, 8)
+    mean, std = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.2, 0.25, 0.3])
+    expected = net((x - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    for names in (("mu", "sigma"), ("mean", "std")):
+        for shape in ((3,), (3, 1, 1), (1, 3, 1, 1)):
+            buffers = dict(zip(names, (mean.reshape(shape), std.reshape(shape)), strict=True))
+            content = {"state_dict": {f"module.{key}": value for key, value in (net.state_dict() | buffers).items()}}
+            state, normalisation = module.take_normalisation(module.bare_state_dict(content))
+            loaded = TinyNet().eval()
+            module.load_weights(loaded, state)
+            assert torch.allclose(module.Normalised(loaded, *normalisation)(x), expected, atol=1e-6)
+    state, normalisation = module.take_normalisation(net.state_dict())
+    assert list(state) == list(net.state_dict()) and normalisation is None
+    for bad in (
+        (255 * mean, std),
+        (mean, 255 * std),
+        (-mean, std),
+        (mean, 0 * std),
+        (mean, -std),
+        (mean / 0, std),
+        (mean[:2], std),
+    ):
+        try:
+            module.take_normalisation({**net.state_dict(), "mean": bad[0], "std": bad[1]})
+        except UserError as error:
+            assert "the file's normalisation is not one of RGB images in [0, 1]: mean [" in str(error)
+        else:
+            raise AssertionError(f"a normalisation by {bad} was taken")
+
+
+def test_a_normalisation_kept_with_the_weights_goes_in_front_of_the_network():
+    check_normalisation(checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(x - self.mean) / self.std", "x - self.mean / self.std"),
+        ("for value in (mean, std))", "for value in (std, mean))"),
+        ('("mu", "sigma"), ', ""),
+        ("(mean <= 1)", "(mean <= 255)"),
+        ("(mean >= 0)", "(mean >= -1)"),
+        ("(std <= 1)", "(std <= 255)"),
+        ("(std > 0)", "(std > -1)"),
+        ("sizes <= {1, 3}", "sizes"),
+    ],
+)
+def test_another_normalisation_is_rejected(old, new):
+    with pytest.raises((AssertionError, UserError, RuntimeError)):
+        check_normalisation(mutant_module(checkpoints, (old, new)))
+
+
+def test_two_entries_of_one_name_are_refused():
+    state = {"module.conv1.weight": torch.zeros(1), "conv1.weight": torch.ones(1)}
+    assert "holds conv1.weight twice" in message(checkpoints.bare_state_dict, state)

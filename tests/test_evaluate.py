@@ -9,15 +9,17 @@ import torch.nn.functional as F
 from cases import mutant, mutant_module
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import checkpoints
 import evaluate
 import train_dynat
 from attacks import uniform_start
 from cli import UserError
-from data import generator, load_images, subset
+from data import Images, generator, load_images, subset
 from models import build_model
 
+PGD = evaluate.pgd  # as it is where a test puts another in its place
 BUDGET = {"epsilon": 8 / 255, "step_size": 2 / 255}
 
 
@@ -199,12 +201,12 @@ def check_self_check(module, images, monkeypatch):
     for fault, attack in STRAYING.items():
         monkeypatch.setattr(module, "pgd", attack)
         try:
-            module.attack_batch(model, "pgd1", extreme, torch.zeros(2), extreme, **BUDGET)
+            module.attack_batch(model, "pgd1", extreme, torch.zeros(2), torch.arange(2), **BUDGET, seed=0)
         except UserError:
             continue
         raise AssertionError(f"an attack that {fault} goes unseen")
     monkeypatch.setattr(module, "pgd", lambda model, x, y, start, **_: x)
-    module.attack_batch(model, "pgd1", extreme, torch.zeros(2), extreme, **BUDGET)
+    module.attack_batch(model, "pgd1", extreme, torch.zeros(2), torch.arange(2), **BUDGET, seed=0)
 
 
 def test_an_attack_that_leaves_its_bounds_stops_the_evaluation(images, monkeypatch):
@@ -214,8 +216,8 @@ def test_an_attack_that_leaves_its_bounds_stops_the_evaluation(images, monkeypat
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("(x_adv >= x - epsilon) & ", ""),
-        (" & (x_adv <= x + epsilon)", ""),
+        ("(x_adv >= x - epsilon - slack) & ", ""),
+        (" & (x_adv <= x + epsilon + slack)", ""),
         (" & (x_adv >= 0)", ""),
         (" & (x_adv <= 1)", ""),
         ("if not allowed.all():", "if (~allowed).all():"),
@@ -328,6 +330,7 @@ def check_mistake(evaluated, argv, says):
     assert status == 2 and len(err) == 1 and err[0].startswith("error: ") and says in err[0], (status, err)
 
 
+THREE = ["--target", "cnn", "--dataset", "folder", "--data-dir", "{three}"]
 MISTAKES = {
     "an unknown attack": (["{run}/last.pt", "--attacks", "clean,pdg20"], "unknown attack 'pdg20': choose from clean"),
     "no steps": (["{run}/last.pt", "--attacks", "pgd0"], "unknown attack 'pgd0'"),
@@ -350,13 +353,18 @@ MISTAKES = {
     "a device": (["{run}/last.pt", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
     "no folder for the figures": (["{run}/last.pt", "--json", "{run}/none/figures.json"], "there is no folder"),
     "three classes": (["{run}/last.pt", "--dataset", "folder", "--data-dir", "{three}"], "10 classes, but"),
+    "the paper's protocol, changed": (["{run}/last.pt", "--protocol", "paper", "--epsilon", "0.031", "--images", "9"],
+                                      "leave out --epsilon 0.031 and --images 9"),
+    "the paper's protocol on a folder": (["{three}/three.pt", *THREE, "--protocol", "paper"], "the first classes"),
+    "targets among three classes": (["{three}/three.pt", *THREE, "--attacks", "apgd,aa"],
+                                    "aa needs at least four classes, for its targeted loss; with 3, use apgd"),
     "no data": (["{run}/last.pt", "--dataset", "folder", "--data-dir", "{run}/none"], "there is no folder"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """A folder of images in three classes."""
+    """A folder of images in three classes, with a network for them."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("three")
@@ -365,6 +373,7 @@ def three(tmp_path_factory):
             (root / split / name).mkdir(parents=True)
             for copy in range(4):
                 Image.new("RGB", (32, 32), (90 * number, 20 * copy, 0)).save(root / split / name / f"{copy}.png")
+    torch.save(build_model("cnn", 3).state_dict(), root / "three.pt")
     return root
 
 
@@ -378,3 +387,356 @@ def test_a_mistake_is_one_line_and_status_2(name, run, three, capsys):
 def test_a_network_of_another_class_count_is_refused(run, three, capsys):
     argv = [run / "weights.pt", "--target", "cnn", "--dataset", "folder", "--data-dir", three]
     check_mistake(lambda *argv: evaluated(capsys, *argv), argv, "linear.weight (10, 128) instead of (3, 128)")
+
+
+class Recorded(Exception):
+    pass
+
+
+def check_auto_attack_settings(module, monkeypatch):
+    """The package's standard version, one attack of it: one restart, 100 steps, 5,000 queries, possible targets."""
+    import pyautoattack
+
+    def record(adversary, x, y, batch_size):
+        targets = possible[adversary.model[1].out_features]
+        attacks = (adversary.apgd, adversary.apgd_targeted, adversary.fab, adversary.square)
+        assert all(attack.n_restarts == 1 and attack.eps == 0.1 and attack.norm == "Linf" for attack in attacks)
+        assert all(attack.n_iter == 100 for attack in attacks[:3]) and adversary.square.n_queries == 5000
+        assert adversary.attacks_to_run == ["fab-t"] and adversary.seed == 5 and batch_size == len(x)
+        assert adversary.apgd_targeted.n_target_classes == adversary.fab.n_target_classes == targets
+        raise Recorded
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", record)
+    x, y = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    possible = {4: 3, 9: 8, 10: 9, 100: 9}
+    for classes in possible:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+        with pytest.raises(Recorded):
+            module.auto_attack(model, "fab-t", x, y, epsilon=0.1, seed=5)
+
+
+def test_auto_attack_is_its_authors_standard_version(monkeypatch):
+    check_auto_attack_settings(evaluate, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('version="standard",', 'version="custom", attacks=[stage],'),
+        ("min(TARGETS, classes - 1)", "TARGETS"),
+        ("min(TARGETS, classes - 1)", "min(TARGETS, classes)"),
+        ("adversary.attacks_to_run = [stage]", "pass"),
+        ("eps=epsilon", "eps=8 / 255"),
+        ("seed=seed, device", "seed=None, device"),
+    ],
+)
+def test_another_auto_attack_is_rejected(old, new, monkeypatch):
+    with pytest.raises(AssertionError):
+        check_auto_attack_settings(mutant_module(evaluate, (old, new)), monkeypatch)
+
+
+# Square ends early where it fools every image, which takes a larger ball.
+@pytest.mark.parametrize(("stage", "epsilon"), [("apgd-ce", 0.1), ("apgd-t", 0.1), ("fab-t", 0.1), ("square", 0.4)])
+def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(stage, epsilon):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4)).eval().requires_grad_(False)
+    x = torch.rand(8, 3, 4, 4).to(memory_format=torch.channels_last)
+    y = model(x).argmax(1)
+    random_state = torch.get_rng_state()
+    places = torch.arange(8)
+    draw = lambda seed: evaluate.attack_batch(model, stage, x, y, places, epsilon=epsilon, step_size=0, seed=seed)
+    x_adv = draw(0)
+    fooled = ~evaluate.correct(model, x_adv, y)
+    assert fooled.sum() >= 4 and torch.equal(x_adv[~fooled], x[~fooled])
+    assert torch.equal(x_adv, draw(0)) and torch.equal(torch.get_rng_state(), random_state)
+    if stage != "fab-t":  # whose one restart is no random one
+        assert not torch.equal(x_adv, draw(1))
+
+
+AA = ("--attacks", "clean,pgd2,apgd,aa", "--images", 40, "--batch-size", 16)
+
+
+def interruptible(module, monkeypatch, after=None):
+    """Replaces AutoAttack by a quick attack that depends on its seed; every call, of this and of PGD, is recorded.
+    Ctrl-C comes at the call number `after`."""
+    calls = []
+
+    def attack(model, stage, x, y, *, epsilon, seed):
+        note(stage, seed, y)
+        start = uniform_start(x, epsilon, generator("cpu", seed))
+        step_size = epsilon * {"apgd-ce": 0.1, "apgd-t": 0.5, "fab-t": 1, "square": 2}[stage]
+        return module.cw(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=1)
+
+    def pgd(model, x, y, start, **budget):
+        note("pgd", float(start.sum()), y)
+        return PGD(model, x, y, start, **budget)
+
+    def note(*call):
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(str(call))
+
+    monkeypatch.setattr(module, "auto_attack", attack)
+    monkeypatch.setattr(module, "pgd", pgd)
+    return calls
+
+
+def timeless(file):
+    """The report in `file` without what differs between two runs of the same command: the times and the command."""
+    report = json.loads(file.read_text())
+    report.pop("command")
+    for row in report["results"]:
+        for part in (row, *row.get("stages", [])):
+            assert part.pop("seconds") >= 0
+    return report
+
+
+def check_resume(module, run, folder, monkeypatch, capsys):
+    """An evaluation cut short at any batch and resumed makes each attack once, and ends in the same report."""
+    pgd = module.pgd
+    file, network = folder / "whole.json", [str(run / "last.pt"), "--network", "guide", *map(str, AA)]
+    with monkeypatch.context() as patch:
+        expected_calls = interruptible(module, patch)
+        assert module.main([*network, "--json", str(file)]) == 0
+    expected = timeless(file)
+    assert module.pgd is pgd and len(expected_calls) > 10
+    assert [row["attack"] for row in expected["results"]] == ["clean", "pgd2", "apgd", "aa"]
+    file = folder / "cut.json"
+    for after in (0, 4, len(expected_calls) - 1):
+        file.unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            calls = interruptible(module, patch, after)
+            assert module.main([*network, "--json", str(file)]) == 130 and not file.exists()
+        with monkeypatch.context() as patch:
+            calls += interruptible(module, patch, 0)
+            capsys.readouterr()
+            assert module.main([*network, "--json", str(file)]) == 2
+            assert "continue it with --resume" in capsys.readouterr().err
+            assert module.main([*network, "--json", str(file), "--resume", "--seed", "3"]) == 2
+            assert "with another seed, another test images: delete it first" in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            more = interruptible(module, patch)
+            assert module.main([*network, "--json", str(file), "--resume"]) == 0
+        assert calls + more == expected_calls, "an attack was repeated, left out or made otherwise"
+        assert timeless(file) == expected
+        assert sorted(entry.name for entry in folder.iterdir()) == ["cut.json", "whole.json"], "litter"
+
+
+def test_an_interrupted_evaluation_resumes_to_the_same_figures(run, tmp_path, monkeypatch, capsys):
+    check_resume(evaluate, run, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("in batches[found", "in batches[0 * found"),
+        ("            keep()\n", ""),
+        ('self.attacks = content["attacks"]', "pass"),
+        ("int(places[0]))", "time.perf_counter())"),
+        ("    progress.end()\n", ""),
+        ("if not resume:", "if False:"),
+    ],
+)
+def test_a_resume_that_forgets_or_repeats_is_rejected(old, new, run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(AssertionError):
+        check_resume(mutant_module(evaluate, (old, new)), run, tmp_path, monkeypatch, capsys)
+
+
+def test_auto_attack_attacks_what_still_stands_and_shares_its_stages(run, tmp_path, monkeypatch, capsys):
+    calls = interruptible(evaluate, monkeypatch)
+    file = tmp_path / "figures.json"
+    status, out, err = evaluated(capsys, run / "last.pt", "--network", "guide", *AA, "--json", file)
+    assert (status, err) == (0, [])
+    assert sum("apgd-ce" in call for call in calls) <= 3, "apgd's stage is aa's first one and runs once"
+    report = json.loads(file.read_text())
+    clean, pgd, apgd, aa = report["results"]
+    standing = clean["correct"]
+    assert [stage["attack"] for stage in aa["stages"]] == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    for stage in aa["stages"][1:]:
+        assert stage["attacked"] == standing >= stage["correct"]
+        standing = stage["correct"]
+    assert aa["correct"] == standing < apgd["correct"] < clean["correct"]
+    assert aa["stages"][2] | {"seconds": 0, "attacked": 0, "correct": 0} == {
+        "attack": "apgd-t", "steps": 100, "restarts": 1, "targets": 9, "attacked": 0, "correct": 0, "seconds": 0
+    }  # fmt: skip
+    assert pgd["steps"] == 2 and report["pyautoattack"] and report["protocol"] == "standard except for --images 40"
+    (cell,) = report["together"]
+    assert cell["attacks"] == ["clean", "pgd2", "apgd", "aa"] and cell["n"] == 40
+    assert cell["correct"] <= min(pgd["correct"], aa["correct"])
+    heading = next(line for line in out if line.startswith("|  |"))
+    assert heading == "|  | clean | PGD-2 | APGD | AA | All |"
+    mean = (pgd["accuracy"] + apgd["accuracy"] + aa["accuracy"]) / 3
+    assert any(line.startswith("| guide cnn |") and line.endswith(f"| {mean:.2%} |") for line in out)
+
+
+def test_an_evaluation_beside_which_nothing_can_be_written_says_so_once_and_goes_on(run, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "save", lambda *_: (_ for _ in ()).throw(UserError("read-only")))
+    status, out, err = evaluated(capsys, run / "last.pt", "--attacks", "clean,pgd1", "--images", 20)
+    assert status == 0 and len(err) == 1 and "last.pt.progress cannot be written" in err[0]
+    assert any(" pgd1 " in line for line in out)
+
+
+def test_a_file_in_the_way_of_the_progress_is_not_overwritten(run, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    torch.save({"mine": 1}, tmp_path / "figures.json.progress")
+    for flags in ((), ("--resume",)):
+        status, _, err = evaluated(capsys, run / "last.pt", "--images", 20, "--json", file, *flags)
+        assert status == 2 and len(err) == 1 and "figures.json.progress is" in err[0]
+    assert torch.load(tmp_path / "figures.json.progress") == {"mine": 1}
+
+
+def test_auto_attack_that_is_not_installed_is_one_line(run, monkeypatch, capsys):
+    def missing(name):
+        raise evaluate.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(evaluate.metadata, "version", missing)
+    argv = [run / "last.pt", "--attacks", "apgd"]
+    check_mistake(lambda *argv: evaluated(capsys, *argv), argv, "pip install pyautoattack")
+
+
+def check_protocol(module):
+    """standard: 8/255 on all images. paper: AutoAttack at 0.031 on the first 1,000. The name says what was changed."""
+    images = Images(torch.arange(1200), torch.arange(1200), ["a", "b"])
+    attacks = ["clean", "pgd10", "cw", "apgd", "aa"]
+    flags = {"protocol": "standard", "epsilon": None, "step_size": None, "images": None, "dataset": "cifar10"}
+    planned = lambda **typed: module.protocol(SimpleNamespace(**{**flags, **typed}), attacks, images)
+    name, plan = planned()
+    assert name == "standard" and list(plan) == attacks
+    assert all(epsilon == 8 / 255 and len(attacked.y) == 1200 for attacked, epsilon in plan.values())
+    name, plan = planned(protocol="paper")
+    assert name == "paper" and list(plan) == attacks and plan["aa"][1] == 0.031
+    assert torch.equal(plan["aa"][0].x, torch.arange(1000)) and torch.equal(plan["aa"][0].y, torch.arange(1000))
+    assert all(plan[other][1] == 8 / 255 and len(plan[other][0].y) == 1200 for other in attacks[:4])
+    assert planned(epsilon=0.031, step_size=2 / 255, images=50)[0] == "standard except for --epsilon 0.031 --images 50"
+    assert planned(epsilon=0.0)[1]["aa"][1] == 0.0
+
+
+def test_the_protocols_are_what_they_say():
+    check_protocol(evaluate)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("images.x[:1000], images.y[:1000]", "images.x[-1000:], images.y[-1000:]"),
+        ("(first, 0.031)", "(first, 8 / 255)"),
+        ("(first, 0.031)", "(images, 0.031)"),
+        ('if name in ("aa", "aa-fast")', 'if name != "clean"'),
+        ("typed not in (None, usual)", "False"),
+        ("epsilon = 8 / 255 if args.epsilon is None else args.epsilon", "epsilon = args.epsilon or 8 / 255"),
+    ],
+)
+def test_another_protocol_is_rejected(old, new):
+    with pytest.raises(AssertionError):
+        check_protocol(mutant_module(evaluate, (old, new)))
+
+
+def check_together(module):
+    """Per network and per equal epsilon and images, who stands against all; clean mistakes never stand."""
+    cells = [
+        ("target", "clean", None, [1, 1, 1, 0]),
+        ("target", "pgd10", 0.1, [1, 1, 0, 1]),
+        ("target", "cw", 0.1, [0, 1, 1, 1]),
+        ("target", "pgd50", 0.1, [0, 0]),  # on fewer images
+        ("target", "aa", 0.2, [0, 0, 0, 0]),  # in a larger ball
+        ("guide", "pgd10", 0.1, [0, 0, 0, 0]),
+    ]
+    rows = [
+        {"network": network, "attack": attack, "n": len(bits), **({"epsilon": epsilon} if epsilon else {})}
+        for network, attack, epsilon, bits in cells
+    ]
+    flags = [torch.tensor(bits, dtype=torch.bool) for *_, bits in cells]
+    (cell,) = module.together(rows, flags)
+    assert (cell["network"], cell["attacks"], cell["epsilon"]) == ("target", ["clean", "pgd10", "cw"], 0.1)
+    assert (cell["n"], cell["correct"], cell["accuracy"]) == (4, 1, 0.25)
+
+
+def test_standing_against_all_attacks_is_counted_per_image():
+    check_together(evaluate)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (".all(0)", ".any(0)"),
+        ('row.get("epsilon"), row["n"]', 'row.get("epsilon"), 0'),
+        ('(row["network"], row.get("epsilon"), row["n"])', '("target", row.get("epsilon"), row["n"])'),
+        ("groups.get((role, None, n), []) + members", "members"),
+    ],
+)
+def test_another_count_of_who_stands_is_rejected(old, new):
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        check_together(mutant_module(evaluate, (old, new)))
+
+
+class Changed(nn.Module):
+    """model, with something done to its images and something to its logits."""
+
+    def __init__(self, model, before, after):
+        super().__init__()
+        self.model, self.before, self.after = model, before, after
+
+    def forward(self, x):
+        return self.after(self.model(self.before(x)))
+
+
+def check_doubts(module, model, images):
+    """A sound network raises no doubt, even if blind to some pixels; random outputs and vanishing gradients do."""
+    x, y = evaluate.pixels(images.x), images.y
+    same = lambda value: value
+    half_blind = torch.cat([torch.zeros(3, 16, 32), torch.ones(3, 16, 32)], 1)
+    model.train()
+    assert (
+        module.doubts(model, x, y) == [] and module.doubts(Changed(model, lambda x: x * half_blind, same), x, y) == []
+    )
+    assert model.training
+    (random,) = module.doubts(Changed(model, same, lambda z: z + 0.1 * torch.randn_like(z)), x, y)
+    assert "outputs are random" in random
+    (vanished,) = module.doubts(Changed(model, same, lambda z: 1e4 * z), x, y)
+    assert "gradients vanish: of 40 images," in vanished
+
+
+def test_random_outputs_and_vanishing_gradients_are_warned_of(model, images):
+    check_doubts(evaluate, model, images)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("if vanished:", "if False:"),
+        (".all(1).sum())", ".any(1).sum())"),
+        ("> 1e-4", "> 2"),
+        ("> 1e-4", "> -1"),
+        ("logits, again = model(x), model(x)", "logits = again = model(x)"),
+        ("    with eval_mode(model):\n        logits", "    if model.eval():\n        logits"),
+    ],
+)
+def test_an_evaluation_without_doubts_is_rejected(old, new, model, images):
+    with pytest.raises((AssertionError, ValueError)):
+        check_doubts(mutant_module(evaluate, (old, new)), model, images)
+
+
+def test_square_that_fools_what_gradients_did_not_is_warned_of(run, monkeypatch, capsys):
+    row = {"attack": "aa", "n": 1000, "stages": [{"attack": "square", "attacked": 500, "correct": 497}]}
+    (sentence,) = evaluate.masked(row)
+    assert sentence.startswith("Square fooled 3 images")
+    row["stages"][0]["correct"] = 498
+    assert evaluate.masked(row) == [] and evaluate.masked({"attack": "pgd20", "n": 10}) == []
+    interruptible(evaluate, monkeypatch)
+    monkeypatch.setattr(evaluate, "masked", lambda row: ["doubtful"] if row["attack"] == "aa" else [])
+    status, _, err = evaluated(capsys, run / "last.pt", *AA)
+    assert status == 0 and err == ["warning: target: doubtful"]
+
+
+def test_weights_with_a_normalisation_are_attacked_behind_it(run, tmp_path, capsys):
+    content = checkpoints.load(run / "last.pt")
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(1, 3, 1, 1)
+    torch.save({"state_dict": {**content["guide"], "mean": mean, "std": std}}, tmp_path / "normalised.pt")
+    argv = (tmp_path / "normalised.pt", "--target", "cnn", "--dataset", "tiny", "--images", 40, "--attacks", "clean")
+    file = tmp_path / "figures.json"
+    assert evaluated(capsys, *argv, "--json", file)[0] == 0
+    images = subset(load_images("tiny", "test"), 40, 0)
+    model = build_model("cnn", 10)
+    model.load_state_dict(content["guide"])
+    hits = evaluate.correct(model.eval(), (evaluate.pixels(images.x) - mean) / std, images.y).sum()
+    assert json.loads(file.read_text())["results"][0]["correct"] == int(hits)
