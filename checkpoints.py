@@ -6,15 +6,19 @@ A run's `last.pt` is a dict of tensors, numbers and strings: `target` and `guide
 
 import os
 import pickle
+import re
+import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cli import UserError
 
 DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 which its forward never calls
 WRAPPERS = ("state_dict", "model", "net")  # keys under which other projects keep the weights
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
+NORMALISATIONS = (("mu", "sigma"), ("mean", "std"))  # buffers of other projects' networks that normalise images
 
 
 def save(path, content):
@@ -54,10 +58,12 @@ def load(path):
     if beginning.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: the reader gets one line, below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "GLOBAL" in reason or "Unsupported" in reason:
+        # A pickle begins with 0x80, alone or in a zip archive. Any other file is no code either, only unreadable.
+        if beginning.startswith((b"\x80", b"pk")) and re.search("GLOBAL|Unsupported", str(error)):
             raise UserError(f"{path} holds more than tensors and numbers and could run code: refused") from None
         raise UserError(f"{path} is no checkpoint, or a damaged one") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError):
@@ -67,7 +73,7 @@ def load(path):
 def bare_state_dict(content):
     """The state_dict inside `content` with this project's keys: wrappers, prefixes and dead entries taken off.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, or where two entries get the same key.
     """
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -80,9 +86,41 @@ def bare_state_dict(content):
             raise UserError(f"the file holds no state_dict: {key!r} is a {type(value).__name__}, not a tensor")
         while key.startswith(PREFIXES):
             key = key.split(".", 1)[1]
+        if key in state:
+            raise UserError(f"the file holds {key} twice, with and without a prefix: which one counts?")
         if not key.startswith(DEAD_PREFIX):
             state[key] = value
     return state
+
+
+class Normalised(nn.Module):
+    """model((x - mean) / std): images x (B, 3, H, W) in [0, 1], mean and std (1, 3, 1, 1) per channel."""
+
+    def __init__(self, model, mean, std):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, x):
+        return self.model((x - self.mean) / self.std)
+
+
+def take_normalisation(state_dict):
+    """Parts a bare state_dict into the network's own entries and its normalisation, (mean, std) or None.
+
+    Raises UserError where mean and std are not those of images in [0, 1].
+    """
+    for names in NORMALISATIONS:
+        if all(name in state_dict for name in names):
+            mean, std = (state_dict[name].float() for name in names)
+            sizes = {mean.numel(), std.numel()}
+            if not sizes <= {1, 3} or not ((mean >= 0) & (mean <= 1)).all() or not ((std > 0) & (std <= 1)).all():
+                shown = " and ".join(f"{name} {state_dict[name].flatten()[:3].tolist()}" for name in names)
+                raise UserError(f"the file's normalisation is not one of RGB images in [0, 1]: {shown}")
+            rest = {key: value for key, value in state_dict.items() if key not in names}
+            return rest, tuple(value.flatten().expand(3).reshape(1, 3, 1, 1).clone() for value in (mean, std))
+    return state_dict, None
 
 
 def load_weights(model, state_dict, what="checkpoint"):

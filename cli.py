@@ -101,7 +101,7 @@ def provenance(device):
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "python": sys.version.split()[0],
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain string, that a checkpoint may hold
         "torchvision": torchvision.__version__,
         "commit": _git(here, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"),
         "device": gpu or f"{device.type}, {torch.get_num_threads()} threads",

@@ -1,21 +1,31 @@
-"""Attacks a trained network: accuracy on clean images and under FGSM, PGD-K and C&W, each with its 95 % interval.
+"""Attacks a trained network: accuracy on clean images and under FGSM, PGD-K, C&W and AutoAttack, each with its 95 %
+interval.
 
-    python evaluate.py runs/dynat-cifar10-wrn34-10-s1/last.pt --attacks clean,pgd10,pgd20,pgd50,cw
+    python evaluate.py runs/dynat-cifar10-wrn34-10-s1/last.pt --attacks clean,pgd10,pgd20,pgd50,cw,aa
 
-fgsm   one step of epsilon on CE, no random start
-pgdK   K steps on CE from a uniform start; an image once fooled stays fooled
-cw     20 such steps on C&W's margin, max_{c != y} z_c - z_y, kappa = 0
-These are the evaluations of the paper's tables (auto_attack_eval1.py in its release). They run in float32 and in eval
-mode, on the whole test set unless --images says otherwise.
+fgsm     one step of epsilon on CE, no random start
+pgdK     K steps on CE from a uniform start; an image once fooled stays fooled
+cw       20 such steps on C&W's margin, max_{c != y} z_c - z_y, kappa = 0
+apgd     AutoAttack's first attack alone: Auto-PGD on CE, 100 steps, one restart
+aa-fast  its first two, Auto-PGD on CE and on the targeted DLR loss
+aa       AutoAttack "standard": these two, targeted FAB and Square with 5,000 queries
+
+fgsm, pgdK and cw are the evaluations of the paper's tables (auto_attack_eval1.py in its release), AutoAttack is its
+authors' code (Croce and Hein, 2020; the package pyautoattack, unmodified). All run in float32 and in eval mode.
+
+--protocol standard  every attack with epsilon 8/255 on the whole test set
+--protocol paper     as the release: AutoAttack with epsilon 0.031 on the first 1,000 test images, the rest as above
 """
 
 import hashlib
 import json
+import logging
 import math
 import re
 import shlex
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -25,8 +35,26 @@ from tqdm import tqdm
 import checkpoints
 from attacks import eval_mode, linf_pgd, margin, uniform_start
 from cli import Parser, UserError, bounded, command, full_float32, number, pick_device, provenance, write_text
-from data import DATASETS, check_classes, generator, load_images, pixels, subset
+from data import DATASETS, Images, check_classes, generator, load_images, pixels, subset
 from models import build_model
+
+# What AutoAttack's versions are made of: each stage attacks the images that still stand after those before it.
+AUTO_ATTACK = {
+    "apgd": ("clean", "apgd-ce"),
+    "aa-fast": ("clean", "apgd-ce", "apgd-t"),
+    "aa": ("clean", "apgd-ce", "apgd-t", "fab-t", "square"),
+}
+TARGETS = 9  # classes that apgd-t and fab-t aim at, where there are so many others
+SETTINGS = {  # fixed, and reported with the figures; pgd's steps are in its name
+    "fgsm": {"steps": 1},
+    "cw": {"steps": 20, "restarts": 1, "kappa": 0},
+    "apgd-ce": {"steps": 100, "restarts": 1},
+    "apgd-t": {"steps": 100, "restarts": 1, "targets": TARGETS},
+    "fab-t": {"steps": 100, "restarts": 1, "targets": TARGETS},
+    "square": {"queries": 5000, "restarts": 1},
+}
+ATTACKS = "clean,pgd10,pgd20,pgd50,cw"
+HEADINGS = {"cw": "C&W", "apgd": "APGD", "aa-fast": "AA-fast", "aa": "AA", "fgsm": "FGSM"}  # of the table's columns
 
 
 def correct(model, x, y):
@@ -36,77 +64,113 @@ def correct(model, x, y):
 
 def fgsm(model, x, y, epsilon):
     """x_adv = x + epsilon * sign(grad CE), clamped to [0, 1] (Goodfellow et al., 2015): one step, no random start."""
-    return linf_pgd(
-        model, x, x, lambda z: F.cross_entropy(z, y, reduction="sum"), epsilon=epsilon, step_size=epsilon, steps=1
-    )
+    objective = lambda z: F.cross_entropy(z, y, reduction="sum")
+    return linf_pgd(model, x, x, objective, epsilon=epsilon, step_size=epsilon, steps=1)
 
 
-def pgd(model, x, y, start, *, epsilon, step_size, steps):
+def pgd(model, x, y, start, **budget):
     """PGD on CE(., y) that moves only the images still classified as y, so an image once fooled stays fooled.
 
-    Images and start (B, 3, H, W) in [0, 1], y (B,); returns x_adv. Source: DYNAT, auto_attack_eval1.py, attack_pgd.
+    Images and start (B, 3, H, W) in [0, 1], y (B,); `budget` is epsilon, step_size and steps; returns x_adv.
+    Source: DYNAT, auto_attack_eval1.py, attack_pgd.
     """
-    return linf_pgd(
-        model,
-        x,
-        start,
-        lambda z: F.cross_entropy(z, y, reduction="sum"),
-        epsilon=epsilon,
-        step_size=step_size,
-        steps=steps,
-        active=lambda z: z.argmax(1) == y,
-    )
+    objective = lambda z: F.cross_entropy(z, y, reduction="sum")
+    return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, **budget)
 
 
-def cw(model, x, y, start, *, epsilon, step_size, steps=20):
+def cw(model, x, y, start, *, steps=20, **budget):
     """The same loop on C&W's margin, max_{c != y} z_c - z_y, with kappa = 0. Source: auto_attack_eval1.py,
     cw_Linf_attack."""
-    return linf_pgd(
-        model,
-        x,
-        start,
-        lambda z: -margin(z, y).sum(),
-        epsilon=epsilon,
-        step_size=step_size,
-        steps=steps,
-        active=lambda z: z.argmax(1) == y,
-    )
+    objective = lambda z: -margin(z, y).sum()
+    return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, steps=steps, **budget)
 
 
-def attack_batch(model, name, x, y, start, epsilon, step_size):
-    """The images that attack `name` makes of x, checked: in the epsilon ball, in [0, 1] and finite, elementwise."""
+def auto_attack(model, stage, x, y, *, epsilon, seed):
+    """One of AutoAttack's attacks, apgd-ce, apgd-t, fab-t or square, as its standard version runs it (one restart).
+
+    Images (B, 3, H, W) in [0, 1], y (B,); returns x_adv, x itself where the attack failed. The targeted attacks need at
+    least four classes.
+    """
+    from pyautoattack import AutoAttack
+
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # `doubts` says it once, not at every batch
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    adversary = AutoAttack(model, norm="Linf", eps=epsilon, version="standard", seed=seed, device=x.device)
+    adversary.attacks_to_run = [stage]
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(TARGETS, classes - 1)
+    with torch.random.fork_rng():  # the package seeds torch's global generator
+        x_adv, _ = adversary.run_standard_evaluation(x.contiguous(), y, batch_size=len(y))
+    return x_adv
+
+
+def starts(x, places, epsilon, key):
+    """A uniform start for each image, drawn from `key` and the image's place in the test set and from nothing else, so
+    that neither the batch size nor what was attacked before changes it. Images x (B, 3, H, W), places (B,)."""
+    drawn = [
+        uniform_start(image, epsilon, generator(x.device, *key, place))
+        for image, place in zip(x, places.tolist(), strict=True)
+    ]
+    return torch.stack(drawn).contiguous(memory_format=torch.channels_last)
+
+
+def attack_batch(model, name, x, y, places, *, epsilon, step_size, seed):
+    """The images that attack `name` makes of x, checked: in the epsilon ball, in [0, 1] and finite, elementwise.
+
+    Images x (B, 3, H, W) in [0, 1], y (B,), their places in the test set (B,), from which, `name` and `seed` all
+    randomness comes. Raises UserError where an image fails the check.
+    """
+    key, slack = (seed, name), 0.0
+    budget = {"epsilon": epsilon, "step_size": step_size}
     if name == "clean":
         return x
     if name == "fgsm":
         x_adv = fgsm(model, x, y, epsilon)
     elif name == "cw":
-        x_adv = cw(model, x, y, start, epsilon=epsilon, step_size=step_size)
+        x_adv = cw(model, x, y, starts(x, places, epsilon, key), **budget)
+    elif name.startswith("pgd"):
+        x_adv = pgd(model, x, y, starts(x, places, epsilon, key), **budget, steps=int(name.removeprefix("pgd")))
     else:
-        steps = int(name.removeprefix("pgd"))
-        x_adv = pgd(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=steps)
-    allowed = (x_adv >= x - epsilon) & (x_adv <= x + epsilon) & (x_adv >= 0) & (x_adv <= 1)  # false for NaN
-    if not allowed.all():
+        draws = generator("cpu", *key, int(places[0]))
+        x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=draws.initial_seed())
+        slack = 1e-6  # FAB measures |x_adv - x|, which rounds
+    allowed = (x_adv >= x - epsilon - slack) & (x_adv <= x + epsilon + slack) & (x_adv >= 0) & (x_adv <= 1)
+    if not allowed.all():  # false for NaN as well
         raise UserError(f"{name} left the epsilon ball or [0, 1], or met a NaN: are the weights finite?")
     return x_adv
 
 
-def robust(model, images, name, *, epsilon, step_size, batch_size, seed):
+def begin(attacked):
+    """An attack on the images `attacked`, (N,) bool, before its first batch, as `robust` carries it on."""
+    return {"attacked": attacked.clone(), "stands": attacked.clone(), "batches": 0, "seconds": 0.0}
+
+
+def robust(model, images, name, *, epsilon, step_size, batch_size, seed, found=None, keep=lambda: None):
     """Which images are still classified as their label under attack `name`: (N,) bool, on the CPU.
 
-    In eval mode; the starts are drawn from (seed, name).
+    In eval mode, batch by batch. `found` is where to begin and is carried on, `keep()` is called after each batch: an
+    evaluation that ends between two of them continues from its `found` to the same result. Raises UserError where a
+    logit is not finite.
     """
-    kept = []
-    draws = generator(images.x.device, seed, name)
-    batches = list(zip(images.x.split(batch_size), images.y.split(batch_size), strict=True))
-    with eval_mode(model), tqdm(total=len(images.y), desc=name, unit="img", disable=None, leave=False) as bar:
-        for x, y in batches:
-            x = pixels(x)
-            start = uniform_start(x, epsilon, draws)
-            x_adv = attack_batch(model, name, x, y, start, epsilon, step_size)
+    found = found or begin(torch.ones(len(images.y), dtype=torch.bool))
+    batches = found["attacked"].nonzero().squeeze(1).split(batch_size)
+    total, done = int(found["attacked"].sum()), sum(len(places) for places in batches[: found["batches"]])
+    with eval_mode(model), tqdm(total=total, initial=done, desc=name, unit="img", disable=None, leave=False) as bar:
+        for places in batches[found["batches"] :]:
+            began = time.perf_counter()
+            chosen = places.to(images.x.device)
+            x, y = pixels(images.x[chosen]), images.y[chosen]
+            x_adv = attack_batch(model, name, x, y, places, epsilon=epsilon, step_size=step_size, seed=seed)
             with torch.no_grad():
-                kept.append(correct(model, x_adv, y).cpu())
-            bar.update(len(y))
-    return torch.cat(kept)
+                logits = model(x_adv)
+            if not logits.isfinite().all():
+                raise UserError("the network's logits are not finite: its weights are damaged")
+            found["stands"][places] = (logits.argmax(1) == y).cpu()
+            found["batches"] += 1
+            found["seconds"] += time.perf_counter() - began
+            keep()
+            bar.update(len(places))
+    return found["stands"]
 
 
 def accuracy(model, images, batch_size=256):
@@ -126,11 +190,149 @@ def wilson(hits, n):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def share(stands):
+    """Flags (N,) bool as what a table's cell holds: n, correct, accuracy, interval."""
+    n, hits = len(stands), int(stands.sum())
+    return {"n": n, "correct": hits, "accuracy": hits / n, "interval": wilson(hits, n)}
+
+
+def doubts(model, x, y):
+    """Why figures of this network may say little, as AutoAttack's own checks do: a list of sentences, mostly empty.
+
+    Images x (B, 3, H, W), y (B,).
+    """
+    found = []
+    x = x.clone().requires_grad_()
+    with eval_mode(model):
+        logits, again = model(x), model(x)  # (B, C)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x)
+    directions = F.normalize(logits.detach()), F.normalize(again.detach())
+    if (directions[0] - directions[1]).norm(dim=1).max() > 1e-4:
+        found.append("its outputs are random: the same images got different logits, and each attack sees only one draw")
+    vanished = int((gradient.flatten(1) == 0).all(1).sum())
+    if vanished:
+        found.append(
+            f"gradients vanish: of {len(y)} images, {vanished} have a gradient of exactly 0, where PGD is blind"
+        )
+    return found
+
+
+def masked(row):
+    """AutoAttack's check of itself: a list with a sentence if Square, which needs no gradient, still fooled 0.2 %."""
+    last = row.get("stages", [row])[-1]
+    if last["attack"] != "square" or last["attacked"] - last["correct"] <= 0.002 * row["n"]:
+        return []
+    fooled = last["attacked"] - last["correct"]
+    return [f"Square fooled {fooled} images that stood against the gradient attacks: gradients may be masked"]
+
+
+class Progress:
+    """What is known of each attack, in a file from the first batch to the end of the evaluation, so that an interrupted
+    one can be resumed. `identity` is what the figures depend on.
+
+    Raises UserError where the file is there but not asked for, or of another evaluation.
+    """
+
+    def __init__(self, path, identity, resume):
+        self.path, self.identity, self.attacks, self.kept = path, identity, {}, True
+        if not path.exists():
+            return
+        if not resume:
+            raise UserError(f"{path} is of an interrupted evaluation: continue it with --resume, or delete it")
+        content = checkpoints.load(path)
+        if not isinstance(content, dict) or not content.keys() >= {"identity", "attacks"}:
+            raise UserError(f"{path} is not of an interrupted evaluation: delete or rename it")
+        differing = [name for name, value in identity.items() if content["identity"].get(name) != value]
+        if differing:
+            raise UserError(f"{path} is of an evaluation with another {', another '.join(differing)}: delete it first")
+        self.attacks = content["attacks"]
+
+    def of(self, key, attacked):
+        """Where the attack `key` on the images `attacked` (N,) bool is to begin."""
+        return self.attacks.setdefault(key, begin(attacked))
+
+    def keep(self):
+        try:
+            checkpoints.save(self.path, {"identity": self.identity, "attacks": self.attacks})
+        except (UserError, OSError):
+            if self.kept:
+                print(f"note: {self.path} cannot be written, so an interrupted evaluation starts anew", file=sys.stderr)
+            self.kept = False
+
+    def end(self):
+        self.path.unlink(missing_ok=True)
+
+
+def run_attack(model, images, name, progress, role, **budget):
+    """Attacks `images` with `name`, stage by stage where it is a version of AutoAttack.
+
+    Returns which images stand, (N,) bool, and the figures of a table's cell with the attack's settings.
+    """
+    stands, stages = torch.ones(len(images.y), dtype=torch.bool), []
+    for stage in AUTO_ATTACK.get(name, (name,)):
+        key = f"{role} {stage} on {len(stands)}" + (f" with {budget['epsilon']}" if stage != "clean" else "")
+        found = progress.of(key, stands)
+        stands = robust(model, images, stage, **budget, found=found, keep=progress.keep)
+        settings = dict(SETTINGS.get(stage, {}))
+        if stage.startswith("pgd"):
+            settings = {"steps": int(stage.removeprefix("pgd")), "restarts": 1}
+        if "targets" in settings:
+            settings["targets"] = min(TARGETS, len(images.classes) - 1)
+        count = {"attacked": int(found["attacked"].sum()), "correct": int(stands.sum())}
+        stages.append({"attack": stage, **settings, **count, "seconds": found["seconds"]})
+        if name in AUTO_ATTACK:
+            print(f"       {name}: {count['correct']} of {len(stands)} stand after {stage}", flush=True)
+    row = {"network": role, "attack": name, **share(stands), "seconds": sum(stage["seconds"] for stage in stages)}
+    if name != "clean":
+        row["epsilon"] = budget["epsilon"]
+    if name == "cw" or name.startswith("pgd"):
+        row["step_size"] = budget["step_size"]
+    row |= {"stages": stages} if name in AUTO_ATTACK else settings
+    return stands, row
+
+
+def together(rows, flags):
+    """Which images stand against every attack of equal epsilon and images, per network: a cell for each such group of
+    several."""
+    groups = {}
+    for row, stands in zip(rows, flags, strict=True):
+        groups.setdefault((row["network"], row.get("epsilon"), row["n"]), []).append((row["attack"], stands))
+    cells = []
+    for (role, epsilon, n), members in groups.items():
+        if epsilon is None or len(members) < 2:
+            continue
+        members = groups.get((role, None, n), []) + members  # an image misread without any attack does not stand
+        everywhere = torch.stack([stands for _, stands in members]).all(0)
+        cells.append({"network": role, "attacks": [name for name, _ in members], "epsilon": epsilon,
+                      **share(everywhere)})  # fmt: skip
+    return cells
+
+
+def table(rows):
+    """One network's row of the paper's tables in Markdown, and what each figure rests on. "All" is the mean over the
+    attacks."""
+
+    def column(row):
+        name = row["attack"]
+        low, high = row["interval"]
+        return [HEADINGS.get(name, name.replace("pgd", "PGD-")), f"{row['accuracy']:.2%}", f"{low:.2%} to {high:.2%}",
+                f"{row['epsilon']:.5f}" if "epsilon" in row else "", str(row["n"])]  # fmt: skip
+
+    columns = [["", f"{rows[0]['network']} {rows[0]['name']}", "95 % interval", "epsilon", "n"], *map(column, rows)]
+    attacked = [row["accuracy"] for row in rows if row["attack"] != "clean"]
+    if attacked:
+        columns.append(["All", f"{sum(attacked) / len(attacked):.2%}", "", "", ""])
+    lines = ["| " + " | ".join(line) + " |" for line in zip(*columns, strict=True)]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
+
+
 def attack_names(text):
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if not re.fullmatch(r"clean|fgsm|cw|pgd[1-9]\d{0,3}", name):
-            raise UserError(f"unknown attack '{name}': choose from clean, fgsm, pgd<steps> as pgd20, cw")
+        if not re.fullmatch(r"clean|fgsm|cw|apgd|aa|aa-fast|pgd[1-9]\d{0,3}", name):
+            raise UserError(
+                f"unknown attack '{name}': choose from clean, fgsm, pgd<steps> as pgd20, cw, apgd, aa-fast, aa"
+            )
     if not names:
         raise UserError("--attacks names no attack")
     return list(dict.fromkeys(names))
@@ -156,17 +358,22 @@ def parser():
     group.add_argument("--images", type=bounded(int, 1), metavar="N",
                        help="a class-balanced subset of the test images, drawn from --seed (default: all)")  # fmt: skip
     group = p.add_argument_group("attack")
-    group.add_argument("--attacks", default="clean,pgd10,pgd20,pgd50,cw", metavar="LIST",
-                       help="of clean, fgsm, pgd<steps>, cw (default: clean,pgd10,pgd20,pgd50,cw)")  # fmt: skip
-    group.add_argument("--epsilon", type=bounded(number, 0, 1), default=8 / 255, metavar="E",
+    group.add_argument("--protocol", choices=("standard", "paper"), default="standard", help="default: standard")
+    group.add_argument("--attacks", metavar="LIST",
+                       help="of clean, fgsm, pgd<steps>, cw, apgd, aa-fast, aa "
+                            f"(default: {ATTACKS}; with --protocol paper also aa)")  # fmt: skip
+    group.add_argument("--epsilon", type=bounded(number, 0, 1), metavar="E",
                        help="radius in units of pixels in [0, 1] (default: 8/255, the release)")  # fmt: skip
-    group.add_argument("--step-size", type=bounded(number, 0, 1), default=2 / 255, metavar="A",
+    group.add_argument("--step-size", type=bounded(number, 0, 1), metavar="A",
                        help="of pgd and cw (default: 2/255, the paper)")  # fmt: skip
     group = p.add_argument_group("run")
     group.add_argument("--batch-size", type=bounded(int, 1), default=256, metavar="B", help="default: 256")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     group.add_argument("--seed", type=bounded(int, 0), default=0, metavar="S", help="of starts and subset (default: 0)")
     group.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    group.add_argument("--resume", action="store_true",
+                       help="continue an interrupted evaluation, to the same figures; FILE.progress beside the JSON, "
+                            "else beside the checkpoint, knows how far it came")  # fmt: skip
     return p
 
 
@@ -194,64 +401,125 @@ def load_test_images(args, content):
 
 
 def load_network(content, role, path, num_classes):
-    """The `role`, target or guide, of a checkpoint, with every weight in place. Raises UserError where it does not
-    fit."""
+    """The `role`, target or guide, of a checkpoint, with every weight in place, frozen and in eval mode. Raises
+    UserError where it does not fit."""
     if role not in content:
         raise UserError(f"{path} holds no {role}")
     try:
         model = build_model(content["settings"][role], num_classes)
     except ValueError as error:
         raise UserError(str(error)) from None
-    checkpoints.load_weights(model, content[role], f"the {role} in {path}")
-    return model.to(memory_format=torch.channels_last).eval()
+    state, normalisation = checkpoints.take_normalisation(content[role])
+    checkpoints.load_weights(model, state, f"the {role} in {path}")
+    if normalisation:
+        model = checkpoints.Normalised(model, *normalisation)
+    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def protocol(args, attacks, images):
+    """What --protocol and the flags ask for: its name with the flags that differ from it, and per attack its images and
+    epsilon. Raises UserError where they contradict each other."""
+    standard = {
+        "--epsilon": (args.epsilon, 8 / 255),
+        "--step-size": (args.step_size, 2 / 255),
+        "--images": (args.images, None),
+    }
+    differing = [f"{flag} {typed:g}" for flag, (typed, usual) in standard.items() if typed not in (None, usual)]
+    epsilon = 8 / 255 if args.epsilon is None else args.epsilon
+    plan = {name: (images, epsilon) for name in attacks}
+    if args.protocol == "paper":
+        if differing:
+            raise UserError(f"--protocol paper is a fixed set of attacks: leave out {' and '.join(differing)}")
+        if args.dataset == "folder":
+            raise UserError(
+                "--protocol paper takes the first 1,000 test images, in a folder those of the first classes"
+            )
+        first = Images(images.x[:1000], images.y[:1000], images.classes)
+        plan |= {name: (first, 0.031) for name in attacks if name in ("aa", "aa-fast")}
+    return " ".join([args.protocol, *(["except for", *differing] if differing else [])]), plan
+
+
+def check_auto_attack(attacks, classes):
+    """The version of pyautoattack, {} if no attack needs it. Raises UserError where an attack cannot run."""
+    if not AUTO_ATTACK.keys() & set(attacks):
+        return {}
+    targeted = [name for name in attacks if "apgd-t" in AUTO_ATTACK.get(name, ())]
+    if targeted and classes < 4:
+        raise UserError(f"{targeted[0]} needs at least four classes, for its targeted loss; with {classes}, use apgd")
+    if targeted and classes <= TARGETS:
+        print(f"note: with {classes} classes the targeted attacks aim at {classes - 1}, not {TARGETS}")
+    try:
+        return {"pyautoattack": metadata.version("pyautoattack")}
+    except metadata.PackageNotFoundError:
+        raise UserError("AutoAttack is not installed: pip install pyautoattack") from None
+
+
+def warn(report, role, sentences):
+    for sentence in sentences:
+        report["warnings"].append(f"{role}: {sentence}")
+        print(f"warning: {role}: {sentence}", file=sys.stderr)
 
 
 @command
 def main(argv):
     args = parser().parse_args(argv)
-    attacks, roles = attack_names(args.attacks), role_names(args.network)
+    attacks = attack_names(args.attacks or ATTACKS + (",aa" if args.protocol == "paper" else ""))
+    roles = role_names(args.network)
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"there is no folder {args.json.parent} for --json")
     device = pick_device(args.device)
     full_float32()
     torch.backends.cudnn.deterministic = True
     content = load_checkpoint(args.checkpoint, args.target, args.dataset)
+    settings = content["settings"]
+    args.dataset = args.dataset or settings["dataset"]
     images = load_test_images(args, content).to(device)
     networks = {role: load_network(content, role, args.checkpoint, len(images.classes)).to(device) for role in roles}
-
-    settings = content["settings"]
-    if "method" in settings:
-        print(f"{settings['method']} on {settings['dataset']}, epoch {content['epoch']}: {args.checkpoint}")
-    print(f"{len(images.y)} test images, epsilon {args.epsilon:.5f}, step size {args.step_size:.5f}, seed {args.seed}")
+    name, plan = protocol(args, attacks, images)
+    step_size = 2 / 255 if args.step_size is None else args.step_size
+    budget = {"step_size": step_size, "batch_size": args.batch_size, "seed": args.seed}
     report = {
         "command": shlex.join(["python", "evaluate.py", *argv]),
         "checkpoint": str(args.checkpoint),
         "sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest(),
         **provenance(device),
+        **check_auto_attack(attacks, len(images.classes)),
         "trained": {"epoch": content.get("epoch"), "settings": settings},
-        "seed": args.seed,
+        "dataset": args.dataset,
+        "protocol": name,
+        **budget,
+        "warnings": [],
         "results": [],
     }
+    # What the figures depend on, besides each attack's own name, epsilon and images.
+    identity = {key: report[key] for key in ("sha256", "torch", "device", "dataset", "protocol", *budget)}
+    identity["test images"] = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in images[:2])).hexdigest()
+    beside = args.json or args.checkpoint
+    progress = Progress(beside.with_name(beside.name + ".progress"), identity, args.resume)
+
+    if "method" in settings:
+        print(f"{settings['method']} on {settings['dataset']}, epoch {content['epoch']}: {args.checkpoint}")
+    print(f"protocol {name}: {len(images.y)} test images, step size {budget['step_size']:.5f}, seed {args.seed}")
+    flags = []
     for role, model in networks.items():
-        for name in attacks:
-            row = {"network": role, "name": settings[role], "attack": name, "n": len(images.y)}
-            if name != "clean":
-                row["epsilon"] = args.epsilon
-            if name not in ("clean", "fgsm"):
-                row["step_size"] = args.step_size
-            began = time.perf_counter()
-            hits = robust(model, images, name, epsilon=args.epsilon, step_size=args.step_size,
-                          batch_size=args.batch_size, seed=args.seed)  # fmt: skip
-            row["correct"] = int(hits.sum())
-            row["accuracy"] = row["correct"] / row["n"]
-            row["interval"] = wilson(row["correct"], row["n"])
-            row["seconds"] = time.perf_counter() - began
-            report["results"].append(row)
+        warn(report, role, doubts(model, pixels(images.x[: args.batch_size]), images.y[: args.batch_size]))
+        for attack, (attacked, epsilon) in plan.items():
+            stands, row = run_attack(model, attacked, attack, progress, role, epsilon=epsilon, **budget)
+            report["results"].append({"name": settings[role], **row})
+            flags.append(stands)
             low, high = row["interval"]
-            print(f"{role:6} {row['name']:8} {name:6} {row['accuracy']:7.2%}   95 % interval {low:.2%} to {high:.2%}   "
-                  f"n = {row['n']}   {row['seconds']:.1f} s", flush=True)  # fmt: skip
+            print(f"{role:6} {settings[role]:8} {attack:7} {row['accuracy']:7.2%}   95 % interval {low:.2%} to "
+                  f"{high:.2%}   n = {row['n']}   {row['seconds']:.1f} s", flush=True)  # fmt: skip
+            warn(report, role, masked(row))
+    report["together"] = together(report["results"], flags)
+    for role in networks:
+        print("\n" + table([row for row in report["results"] if row["network"] == role]))
+    for cell in report["together"]:
+        print(f"\n{cell['network']}: {cell['accuracy']:.2%} ({cell['correct']} of {cell['n']}) stand against each of "
+              f"{', '.join(cell['attacks'])} with epsilon {cell['epsilon']:.5f}")  # fmt: skip
     if args.json:
         write_text(args.json, json.dumps(report, indent=1) + "\n")
+    progress.end()
 
 
 if __name__ == "__main__":
