@@ -25,9 +25,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from attacks import uniform_start
 from cli import Parser, UserError, bounded, command, number, write_text
-from data import DATASETS, generator, pixels
+from data import DATASETS, pixels
 from evaluate import attack_batch, load_checkpoint, load_network, load_test_images, wilson
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that print loses.
@@ -474,8 +473,8 @@ def attacked_images(args):
     images = load_test_images(args, content)
     model = load_network(content, "target", args.checkpoint, len(images.classes))
     x = pixels(images.x)
-    start = uniform_start(x, args.epsilon, generator("cpu", args.seed, args.attack))
-    x_adv = attack_batch(model, args.attack, x, images.y, start, args.epsilon, args.step_size)
+    budget = {"epsilon": args.epsilon, "step_size": args.step_size, "seed": args.seed}
+    x_adv = attack_batch(model, args.attack, x, images.y, torch.arange(len(x)), **budget)
     with torch.no_grad():
         probabilities = [model(batch).softmax(1) for batch in (x, x_adv)]
     settings = content["settings"]
