@@ -571,6 +571,26 @@ def test_auto_attack_attacks_what_still_stands_and_shares_its_stages(run, tmp_pa
     assert any(line.startswith("| guide cnn |") and line.endswith(f"| {mean:.2%} |") for line in out)
 
 
+def check_nobody_left(module, model, images):
+    """Where no image stands any more, a stage of AutoAttack attacks none and leaves none."""
+    found = module.begin(torch.zeros(40, dtype=torch.bool))
+    for stage in ("apgd-ce", "apgd-t", "fab-t", "square"):
+        try:
+            stands = module.robust(model, images, stage, **BUDGET, batch_size=20, seed=0, found=found)
+        except IndexError:
+            raise AssertionError("an empty batch was attacked") from None
+        assert not stands.any() and found["batches"] == 0
+
+
+def test_a_stage_of_auto_attack_can_have_nothing_left_to_attack(model, images):
+    check_nobody_left(evaluate, model, images)
+
+
+def test_a_stage_that_attacks_nobody_is_rejected(model, images):
+    with pytest.raises(AssertionError):
+        check_nobody_left(mutant_module(evaluate, (" if len(attacked) else ()", "")), model, images)
+
+
 def test_an_evaluation_beside_which_nothing_can_be_written_says_so_once_and_goes_on(run, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints, "save", lambda *_: (_ for _ in ()).throw(UserError("read-only")))
     status, out, err = evaluated(capsys, run / "last.pt", "--attacks", "clean,pgd1", "--images", 20)
