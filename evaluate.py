@@ -99,7 +99,7 @@ def auto_attack(model, stage, x, y, *, epsilon, seed):
     adversary = AutoAttack(model, norm="Linf", eps=epsilon, version="standard", seed=seed, device=x.device)
     adversary.attacks_to_run = [stage]
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(TARGETS, classes - 1)
-    with torch.random.fork_rng():  # the package seeds torch's global generator
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):  # the package seeds torch's global generator
         x_adv, _ = adversary.run_standard_evaluation(x.contiguous(), y, batch_size=len(y))
     return x_adv
 
@@ -153,8 +153,9 @@ def robust(model, images, name, *, epsilon, step_size, batch_size, seed, found=N
     logit is not finite.
     """
     found = found or begin(torch.ones(len(images.y), dtype=torch.bool))
-    batches = found["attacked"].nonzero().squeeze(1).split(batch_size)
-    total, done = int(found["attacked"].sum()), sum(len(places) for places in batches[: found["batches"]])
+    attacked = found["attacked"].nonzero().squeeze(1)
+    batches = attacked.split(batch_size) if len(attacked) else ()
+    total, done = len(attacked), sum(len(places) for places in batches[: found["batches"]])
     with eval_mode(model), tqdm(total=total, initial=done, desc=name, unit="img", disable=None, leave=False) as bar:
         for places in batches[found["batches"] :]:
             began = time.perf_counter()

@@ -1,6 +1,7 @@
 """The evaluation: what it says of a network is true, repeatable, and checked by itself."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -453,7 +454,7 @@ def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(st
         assert not torch.equal(x_adv, draw(1))
 
 
-AA = ("--attacks", "clean,pgd2,apgd,aa", "--images", 40, "--batch-size", 16)
+AA = ("--attacks", "clean,pgd2,apgd,aa", "--images", 40, "--batch-size", 8)
 
 
 def interruptible(module, monkeypatch, after=None):
@@ -464,7 +465,7 @@ def interruptible(module, monkeypatch, after=None):
     def attack(model, stage, x, y, *, epsilon, seed):
         note(stage, seed, y)
         start = uniform_start(x, epsilon, generator("cpu", seed))
-        step_size = epsilon * {"apgd-ce": 0.1, "apgd-t": 0.5, "fab-t": 1, "square": 2}[stage]
+        step_size = epsilon * {"apgd-ce": 0.1, "apgd-t": 0.5, "fab-t": 1, "square": 0}[stage]
         return module.cw(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=1)
 
     def pgd(model, x, y, start, **budget):
@@ -547,9 +548,10 @@ def test_auto_attack_attacks_what_still_stands_and_shares_its_stages(run, tmp_pa
     file = tmp_path / "figures.json"
     status, out, err = evaluated(capsys, run / "last.pt", "--network", "guide", *AA, "--json", file)
     assert (status, err) == (0, [])
-    assert sum("apgd-ce" in call for call in calls) <= 3, "apgd's stage is aa's first one and runs once"
     report = json.loads(file.read_text())
     clean, pgd, apgd, aa = report["results"]
+    batches = math.ceil(clean["correct"] / 8)
+    assert sum("apgd-ce" in call for call in calls) == batches, "apgd's stage is aa's first one and runs once"
     standing = clean["correct"]
     assert [stage["attack"] for stage in aa["stages"]] == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
     for stage in aa["stages"][1:]:
@@ -567,6 +569,26 @@ def test_auto_attack_attacks_what_still_stands_and_shares_its_stages(run, tmp_pa
     assert heading == "|  | clean | PGD-2 | APGD | AA | All |"
     mean = (pgd["accuracy"] + apgd["accuracy"] + aa["accuracy"]) / 3
     assert any(line.startswith("| guide cnn |") and line.endswith(f"| {mean:.2%} |") for line in out)
+
+
+def check_nobody_left(module, model, images):
+    """Where no image stands any more, a stage of AutoAttack attacks none and leaves none."""
+    found = module.begin(torch.zeros(40, dtype=torch.bool))
+    for stage in ("apgd-ce", "apgd-t", "fab-t", "square"):
+        try:
+            stands = module.robust(model, images, stage, **BUDGET, batch_size=20, seed=0, found=found)
+        except IndexError:
+            raise AssertionError("an empty batch was attacked") from None
+        assert not stands.any() and found["batches"] == 0
+
+
+def test_a_stage_of_auto_attack_can_have_nothing_left_to_attack(model, images):
+    check_nobody_left(evaluate, model, images)
+
+
+def test_a_stage_that_attacks_nobody_is_rejected(model, images):
+    with pytest.raises(AssertionError):
+        check_nobody_left(mutant_module(evaluate, (" if len(attacked) else ()", "")), model, images)
 
 
 def test_an_evaluation_beside_which_nothing_can_be_written_says_so_once_and_goes_on(run, monkeypatch, capsys):
