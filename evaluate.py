@@ -351,6 +351,8 @@ def parser():
     p.add_argument("checkpoint", type=Path, help="a run's last.pt, or a file with weights")
     group = p.add_argument_group("network")
     group.add_argument("--network", default="target", metavar="target,guide", help="default: target")
+    group.add_argument("--weights", choices=("last", "ema"), default="last",
+                       help="the target's own, or their average in a run with --ema (default: last)")  # fmt: skip
     group.add_argument("--target", metavar="NAME",
                        help="what a file with bare weights is, as wrn34-10 (default: the run's)")  # fmt: skip
     group = p.add_argument_group("data")
@@ -472,6 +474,10 @@ def main(argv):
     full_float32()
     torch.backends.cudnn.deterministic = True
     content = load_checkpoint(args.checkpoint, args.target, args.dataset)
+    if args.weights == "ema":
+        if "ema" not in content:
+            raise UserError(f"{args.checkpoint} holds no averaged weights: train with --ema")
+        content["target"] = content["ema"]
     settings = content["settings"]
     args.dataset = args.dataset or settings["dataset"]
     images = load_test_images(args, content).to(device)
@@ -488,12 +494,13 @@ def main(argv):
         "trained": {"epoch": content.get("epoch"), "settings": settings},
         "dataset": args.dataset,
         "protocol": name,
+        "weights": args.weights,
         **budget,
         "warnings": [],
         "results": [],
     }
     # What the figures depend on, besides each attack's own name, epsilon and images.
-    identity = {key: report[key] for key in ("sha256", "torch", "device", "dataset", "protocol", *budget)}
+    identity = {key: report[key] for key in ("sha256", "weights", "torch", "device", "dataset", "protocol", *budget)}
     identity["test images"] = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in images[:2])).hexdigest()
     beside = args.json or args.checkpoint
     progress = Progress(beside.with_name(beside.name + ".progress"), identity, args.resume)

@@ -762,3 +762,27 @@ def test_weights_with_a_normalisation_are_attacked_behind_it(run, tmp_path, caps
     model.load_state_dict(content["guide"])
     hits = evaluate.correct(model.eval(), (evaluate.pixels(images.x) - mean) / std, images.y).sum()
     assert json.loads(file.read_text())["results"][0]["correct"] == int(hits)
+
+
+def test_the_averaged_weights_are_attacked_where_they_are_asked_for(tmp_path, capsys):
+    """With a decay of nearly 1 the average stays near the first weights, so its accuracy is another one."""
+    argv = ["--dataset", "tiny", "--train-images", "400", "--epochs", "3", "--steps", "1", "--ema", "0.9999"]
+    assert train_dynat.main([*argv, "--out", str(tmp_path / "a")]) == 0
+    last = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
+    counted = {}
+    for name, role in (("last", "target"), ("ema", "ema")):
+        file = tmp_path / f"{name}.json"
+        argv = [str(tmp_path / "a" / "last.pt"), "--weights", name, "--attacks", "clean", "--json", str(file)]
+        assert evaluate.main(argv) == 0
+        counted[name] = json.loads(file.read_text())["results"][0]["accuracy"]
+        model = build_model("cnn", 10)
+        model.load_state_dict(last[role])
+        assert counted[name] == evaluate.accuracy(model, load_images("tiny", "test"))
+    assert counted["last"] != counted["ema"]
+    assert (
+        train_dynat.main(["--dataset", "tiny", "--train-images", "9", "--epochs", "1", "--out", str(tmp_path / "b")])
+        == 0
+    )
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "b" / "last.pt"), "--weights", "ema"]) == 2
+    assert "--ema" in capsys.readouterr().err
