@@ -4,7 +4,6 @@ A run's `last.pt` is a dict of tensors, numbers and strings: `target` and `guide
 `settings` (every resolved flag), `classes` (their names, in label order).
 """
 
-import os
 import pickle
 import re
 import warnings
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cli import UserError
+from cli import UserError, written_whole
 
 DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 which its forward never calls
 WRAPPERS = ("state_dict", "model", "net")  # keys under which other projects keep the weights
@@ -26,18 +25,11 @@ def save(path, content):
 
     Raises UserError where it cannot be written; what was at `path` is then still there.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "wb") as file:
+        with written_whole(path) as aside, open(aside, "wb") as file:  # given a name, torch would store it in the file
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load(path):

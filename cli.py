@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -119,15 +120,22 @@ def _git(folder, *arguments):
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def write_text(path, text):
-    """`text` in the file `path`, whole or not at all."""
+@contextmanager
+def written_whole(path):
+    """The path of a file to write beside `path`. At the end of the `with` it is flushed to the disk and takes the place
+    of what was at `path`; after an error it is removed and nothing has changed."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield aside
+        with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """`text` in the file `path`, whole or not at all."""
+    with written_whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")

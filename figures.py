@@ -13,7 +13,6 @@ Every share of N images carries N and its 95 % interval (Wilson). Nothing is smo
 
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cli import Parser, UserError, bounded, command, number, write_text
+from cli import Parser, UserError, bounded, command, number, write_text, written_whole
 from data import DATASETS, pixels
 from evaluate import attack_batch, load_checkpoint, load_network, load_test_images, wilson
 
@@ -534,12 +533,8 @@ def save(figure, path):
     """The picture in the file `path`, whole or not at all, in the format of its suffix; the same figure gives the same
     bytes."""
     suffix = path.suffix.lower()
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(path) as aside:
         figure.savefig(aside, format=suffix[1:], metadata=UNDATED[suffix])
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 FROM_RUNS = {"convergence": convergence, "clean": clean, "weak-to-strong": weak_to_strong, "overfitting": overfitting}

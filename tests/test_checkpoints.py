@@ -11,6 +11,7 @@ from cases import TinyNet, mutant_module
 from torch import nn
 
 import checkpoints
+import cli
 from cli import UserError
 
 
@@ -54,14 +55,27 @@ def test_a_failing_save_leaves_the_old_checkpoint_and_no_litter(tmp_path, monkey
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('aside = path.with_name(f".{path.name}.{os.getpid()}")', "aside = path"),
-        ("aside.unlink(missing_ok=True)", "pass"),
+        ("with written_whole(path) as aside, open(aside,", "with open(path,"),
         ("except (OSError, RuntimeError) as error:", "except OSError as error:"),
     ],
 )
 def test_a_save_that_is_not_atomic_is_rejected(old, new, tmp_path, monkeypatch):
     with pytest.raises((AssertionError, RuntimeError, OSError)):
         check_atomic(mutant_module(checkpoints, (old, new)), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('aside = path.with_name(f".{path.name}.{os.getpid()}")', "aside = path"),
+        ("aside.unlink(missing_ok=True)", "pass"),
+    ],
+)
+def test_a_writing_aside_that_is_not_is_rejected(old, new, tmp_path, monkeypatch):
+    broken = mutant_module(checkpoints)
+    broken.written_whole = mutant_module(cli, (old, new)).written_whole
+    with pytest.raises((AssertionError, OSError)):
+        check_atomic(broken, tmp_path, monkeypatch)
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
