@@ -501,6 +501,7 @@ def main(argv):
     }
     # What the figures depend on, besides each attack's own name, epsilon and images.
     identity = {key: report[key] for key in ("sha256", "weights", "torch", "device", "dataset", "protocol", *budget)}
+    identity |= {"target": settings["target"], "pyautoattack": report.get("pyautoattack")}
     identity["test images"] = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in images[:2])).hexdigest()
     beside = args.json or args.checkpoint
     progress = Progress(beside.with_name(beside.name + ".progress"), identity, args.resume)

@@ -508,6 +508,8 @@ def check_resume(module, run, folder, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             calls = interruptible(module, patch, after)
             assert module.main([*network, "--json", str(file)]) == 130 and not file.exists()
+        if after:  # the same bytes are another network under another name
+            assert checkpoints.load(folder / "cut.json.progress")["identity"]["target"] == "cnn"
         with monkeypatch.context() as patch:
             calls += interruptible(module, patch, 0)
             capsys.readouterr()
