@@ -1,7 +1,6 @@
 """The project's modules are files beside this folder; tests run two threads and no download."""
 
 import hashlib
-import os
 import pickle
 import sys
 from pathlib import Path

@@ -137,13 +137,22 @@ ALONE = {
 PRINTS = {"models": "10", "attacks": "9.6", "losses": "[0, 1, 2]"}
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_each_copy_paste_module_works_alone_in_an_empty_folder(name, tmp_path):
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
+def check_alone(name, folder, source):
+    (folder / f"{name}.py").write_text(source)
     program = f"import torch\nfrom {name} import *\n{ALONE[name]}"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().startswith(PRINTS[name])
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_copy_paste_module_works_alone_in_an_empty_folder(name, tmp_path):
+    check_alone(name, tmp_path, (ROOT / f"{name}.py").read_text())
+
+
+def test_a_module_that_needs_the_project_is_rejected(tmp_path):
+    with pytest.raises(AssertionError, match="No module named 'cli'"):
+        check_alone("losses", tmp_path, (ROOT / "losses.py").read_text() + "\nimport cli\n")
 
 
 class Recorder(dict):
