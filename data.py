@@ -221,7 +221,7 @@ def tiny(split):
     """Ten made-up classes in about a second, on which the paper's story can be watched.
 
     Each class has a large-scale pattern under large-scale noise, far stronger than any attack (a robust feature), and a
-    faint pixel-scale code of amplitude 6/255, which an attack of 8/255 can rewrite (a feature that is not robust). A
+    faint pixel-scale code of amplitude 7/255, which an attack of 8/255 can rewrite (a feature that is not robust). A
     network trained on clean images reads the code and falls to PGD; one trained on adversarial images has to learn the
     pattern. One image in twelve is an even blend of its class with another one, so that no guide gets all of them
     right.
@@ -230,7 +230,7 @@ def tiny(split):
     draws = generator("cpu", "tiny", "classes")
     patterns = 0.18 * torch.randn(10, 3, 4, 4, generator=draws)
     codes = torch.randint(0, 2, (10, 3, 4, 4), generator=draws) * 2.0 - 1  # a tile, so that a crop only shifts it
-    codes = 6 / 255 * (codes - codes.mean((2, 3), keepdim=True)).repeat(1, 1, 8, 8)  # (10, 3, 32, 32)
+    codes = 7 / 255 * (codes - codes.mean((2, 3), keepdim=True)).repeat(1, 1, 8, 8)  # (10, 3, 32, 32)
 
     draws = generator("cpu", "tiny", split)
     y = torch.arange(count) % 10

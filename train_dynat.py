@@ -112,7 +112,7 @@ RUN = {
     "val_images": 0,
     "ema": 0.0,
 }
-TINY = {"target": "cnn", "guide": "cnn", "epochs": 10, "batch_size": 64}  # about a minute on two cores
+TINY = {"target": "cnn", "guide": "cnn", "epochs": 10, "batch_size": 32}  # about a minute on two cores
 SCHEDULES = ("milestones", "tau_milestones")  # [(first epoch, value)]
 EPOCHS = ("awp_start", "burn_in", "easy_until", "hardest_from")  # they all scale with --epochs
 UNNAMED = ("method", "dataset", "target", "seed", "data_dir", "eval_every", "deterministic")
@@ -404,7 +404,7 @@ def parser():
     add("--epochs", type=bounded(int, 1),
         help=f"default: {published('epochs')}; the releases; tiny: 10. Every epoch number of a schedule scales with "
         "it, unless typed")  # fmt: skip
-    add("--batch-size", type=bounded(int, 1), help="default: 128, the paper; tiny: 64")
+    add("--batch-size", type=bounded(int, 1), help="default: 128, the paper; tiny: 32")
     add("--lr", type=bounded(number, 0), help=f"default: 0.1; {published('lr')}; the releases")
     add("--lr-milestones", type=bounded(int, 1), nargs="+", metavar="EPOCH",
         help="divide lr by 10 at each (default: dynat x0.2 in epoch 1, drops at 76 and 91; every method as its "
