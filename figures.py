@@ -217,12 +217,16 @@ def names(items, typed):
     return found
 
 
+# Settings that follow from others, or change no figure.
+UNTOLD = ("method", "milestones", "data_dir", "eval_every", "deterministic")
+
+
 def _differences(item, items):
     for name, value in item.settings.items():
         peers = [other.settings for other in items if other.settings.get("method") == item.settings["method"]]
         if name in ("dataset", "target"):
             peers = [other.settings for other in items]
-        if name not in ("method", "milestones", "data_dir") and any(peer.get(name) != value for peer in peers):
+        if name not in UNTOLD and any(peer.get(name) != value for peer in peers):
             yield (
                 f"{name.replace('_', ' ')} {value:g}"
                 if isinstance(value, float)
@@ -323,7 +327,7 @@ def convergence(runs, labels):
         plot(left, run, "adv_acc", i, f"{label}: last {train[-1]:.1f} % in training, {last} in test")
         plot(right, run, "test_acc", i)
     left.set_title("training batches under attack", loc="left")
-    right.set_title("clean test images" + behind(runs, "test_acc"), loc="left")
+    right.set_title(fill("clean test images" + behind(runs, "test_acc"), LETTERS // 2 - 8), loc="left")
     figure.suptitle(heading(runs))
     legend(figure, left)
     return figure
