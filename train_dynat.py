@@ -252,6 +252,7 @@ def measure(networks, images, settings):
 
 def train(settings, out, device, former=None):
     """Trains as `settings` say, an epoch at a time, into the folder `out`; `former` is the checkpoint to go on from.
+    Returns the log, one dict per epoch.
 
     After each epoch `last.pt` and then `log.jsonl` are replaced, each whole; `best.pt` is the `last.pt` with the best
     accuracy under PGD on the held-out images; at the end `weights.pt` is the target's state_dict.
@@ -309,6 +310,7 @@ def train(settings, out, device, former=None):
             write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             bar.write(report(log[-1], epochs))
     checkpoints.save(out / "weights.pt", networks["target"].state_dict())
+    return log
 
 
 def resume(out, typed):
