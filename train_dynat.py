@@ -266,10 +266,10 @@ def train(settings, out, device, former=None):
             networks["target"], multi_avg_fn=get_ema_multi_avg_fn(settings["ema"]), use_buffers=True
         )
     log = []
+    sizes, origin = {split: len(found.y) for split, found in images.items()}, provenance(device)
     if former is None:
         out.mkdir(parents=True, exist_ok=True)
-        sizes = {split: len(found.y) for split, found in images.items()}
-        config = {"settings": settings, "classes": classes, "images": sizes, **provenance(device)}
+        config = {"settings": settings, "classes": classes, "images": sizes, **origin}
         write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
     else:
         check_classes(former["classes"], classes, f"{out} was trained on")
@@ -281,8 +281,7 @@ def train(settings, out, device, former=None):
             checkpoints.load_weights(averaged.module, former["ema"], f"the averaged target in {out}")
             averaged.n_averaged.fill_(1)  # any number but 0, at which the average would start anew
 
-    shown = ", ".join(f"{len(found.y)} {split}" for split, found in images.items())
-    print(f"{out}: {shown} images, {provenance(device)['device']}")
+    print(f"{out}: {', '.join(f'{n} {split}' for split, n in sizes.items())} images, {origin['device']}")
     print("  ".join(f"{name} {_shown(value)}" for name, value in settings.items()))
     seen = count * len(log)
     with tqdm(total=epochs * count, initial=seen, unit="img", unit_scale=True, disable=None, smoothing=0.05) as bar:
