@@ -18,6 +18,14 @@ class UserError(Exception):
     """A person's mistake: the message says in one line what is wrong and how to mend it."""
 
 
+class Stopped(Exception):
+    """A signal, `number`, ended a run after its state was saved; the message says where and how to go on."""
+
+    def __init__(self, number, message):
+        super().__init__(message)
+        self.status = 128 + number  # as the shell counts: 130 after Ctrl-C, 143 after SIGTERM
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors; flags are typed in full, so that a typo is never another flag."""
 
@@ -29,22 +37,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main):
-    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C."""
+    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C, 143
+    after SIGTERM. Of several processes the first one says the line."""
 
     @functools.wraps(main)
     def with_status(argv=None):
         try:
             main(sys.argv[1:] if argv is None else argv)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except OSError as error:  # a full disk, a folder that cannot be written
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return 0
+        except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
+            line, status = f"error: {error}", 2
+        except Stopped as stop:
+            line, status = f"stopped: {stop}", stop.status
         except KeyboardInterrupt as stop:
-            print(": ".join(["interrupted", *stop.args]), file=sys.stderr)
-            return 130
-        return 0
+            line, status = ": ".join(["interrupted", *stop.args]), 130
+        if os.environ.get("RANK", "0") == "0":  # torchrun's number of the process
+            print(line, file=sys.stderr)
+        return status
 
     return with_status
 
@@ -96,6 +105,13 @@ def full_float32():
     torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
+def deterministic(wanted):
+    """Where `wanted`, the same seed gives the same bytes on the same device; else the device's faster ways are free."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS, too, asks for it before its first product
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = not wanted
+
+
 def provenance(device):
     """What a figure carries: versions, commit of this repository (with '+' where files differ from it), device."""
     here = Path(__file__).resolve().parent
@@ -120,12 +136,16 @@ def _git(folder, *arguments):
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+PARTIAL = ".partial"
+
+
 @contextmanager
 def written_whole(path):
     """The path of a file to write beside `path`. At the end of the `with` it is flushed to the disk and takes the place
-    of what was at `path`; after an error it is removed and nothing has changed."""
+    of what was at `path`; after an error it is removed and nothing has changed. A process killed in between leaves a
+    hidden file behind whose name ends with PARTIAL, and nothing has changed either."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield aside
         with open(aside, "rb") as file:

@@ -41,8 +41,9 @@ def generator(device, *key):
 
 
 def pixels(x):
-    """uint8 images as floats in [0, 1]: x / 255, (B, 3, H, W), laid out as convolutions read them fastest."""
-    return x.to(torch.float32, memory_format=torch.channels_last).div_(255)
+    """uint8 images as floats of torch's default type in [0, 1]: x / 255, (B, 3, H, W), laid out as convolutions read
+    them fastest."""
+    return x.to(torch.get_default_dtype(), memory_format=torch.channels_last).div_(255)
 
 
 def crop_and_flip(x, top, left, flip):
@@ -61,15 +62,16 @@ def crop_and_flip(x, top, left, flip):
     return cropped.permute(0, 3, 1, 2)
 
 
-def train_batches(images, batch_size, seed, epoch):
-    """One epoch: every image once, in an order drawn from (seed, epoch), the last, smaller batch kept.
+def train_batches(images, batch_size, seed, epoch, done=0):
+    """One epoch, or what is left of it after `done` batches: every image once, in an order drawn from (seed, epoch),
+    the last, smaller batch kept.
 
-    Yields x (B, 3, 32, 32) float32 in [0, 1], cropped and flipped, y (B,), and the step's generator, from which the
-    caller draws whatever else this step needs.
+    Yields x (B, 3, 32, 32) in [0, 1], cropped and flipped, y (B,), and the step's generator, from which the caller
+    draws whatever else this step needs.
     """
     device = images.x.device
     order = torch.randperm(len(images.y), generator=generator("cpu", seed, "order", epoch)).to(device)
-    for step, chosen in enumerate(order.split(batch_size), start=1):
+    for step, chosen in enumerate(order[done * batch_size :].split(batch_size), start=done + 1):
         draws = generator(device, seed, "step", epoch, step)
         top, left = torch.randint(0, 9, (2, len(chosen)), generator=draws, device=device)
         flip = torch.rand(len(chosen), generator=draws, device=device) < 0.5

@@ -11,6 +11,7 @@ This file needs nothing but torch.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 
@@ -86,11 +87,13 @@ def gairat_weights(kappa, steps, shift=-1.0):
     """w = (1 + tanh(shift + 5 * (1 - 2 * kappa / steps))) / 2, divided by its mean over the batch.
 
     kappa (B,), how many of the attack's `steps` iterates were still classified as the label: few means near the
-    decision boundary, and a large weight. Returns (B,) with mean 1. shift is GAIRAT's Lambda; the release's default is
-    -1 for every network, and infinity makes all weights 1. Source: Zhang et al. (2021), GAIR.py.
+    decision boundary, and a large weight. Returns (B,) with mean 1 over the whole batch, whose parts several processes
+    may hold. shift is GAIRAT's Lambda; the release's default is -1 for every network, and infinity makes all weights 1.
+    Source: Zhang et al. (2021), GAIR.py.
     """
     weights = (1 + torch.tanh(shift + 5 * (1 - 2 * kappa / steps))) / 2
-    return weights / weights.mean()
+    total, count = sum_over_processes(weights.sum(), torch.ones_like(weights).sum())
+    return weights / (total / count)
 
 
 def mail_weights(adv_logits, labels, slope=10.0, bias=-0.5):
@@ -100,6 +103,17 @@ def mail_weights(adv_logits, labels, slope=10.0, bias=-0.5):
     release. slope and bias are MAIL-AT's. Source: Liu et al. (2021), mail_loss.py.
     """
     return 3 * torch.sigmoid(slope * (probability_gap(adv_logits.detach(), labels) + bias))
+
+
+def sum_over_processes(*tensors):
+    """The sum of each tensor over the processes of torch.distributed, in one exchange: new tensors, of the same shapes.
+    Without several processes, the tensors themselves."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    sizes = [tensor.numel() for tensor in tensors]
+    return [part.view(tensor.shape) for part, tensor in zip(flat.split(sizes), tensors, strict=True)]
 
 
 def _largest_other(p, labels):

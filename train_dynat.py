@@ -15,22 +15,36 @@ import shlex
 import sys
 import time
 from argparse import BooleanOptionalAction
+from contextlib import ExitStack
 from functools import partial
 from inspect import signature
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import checkpoints
+import engine
 import variants
 from attacks import eval_mode, linf_pgd, near_start, uniform_start
-from cli import Parser, UserError, bounded, command, full_float32, number, pick_device, provenance, write_text
+from cli import (
+    Parser,
+    Stopped,
+    UserError,
+    bounded,
+    command,
+    deterministic,
+    full_float32,
+    number,
+    provenance,
+    write_text,
+)
 from data import DATASETS, check_classes, generator, hold_out, load_images, subset, train_batches
-from evaluate import accuracy, robust
-from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
+from evaluate import begin, robust
+from losses import dynamic_labels, guide_loss, kl_divergence, sum_over_processes, target_loss
 from models import NAMES, build_model
 
 
@@ -108,6 +122,7 @@ RUN = {
     "preset": "paper",
     "seed": 1,
     "deterministic": True,
+    "sync_bn": False,
     "eval_every": 1,
     "val_images": 0,
     "ema": 0.0,
@@ -176,41 +191,42 @@ def learning_rate(settings, epoch):
     return settings["lr"] * [factor for first, factor in settings["milestones"] if first <= epoch][-1]
 
 
-def train_epoch(networks, averaged, optimizer, images, settings, epoch, bar):
-    """One pass over the training images, `averaged` (or None) following the target. Returns the epoch's figures: the
-    means over the images of what the step reports."""
-    method = METHODS[settings["method"]]
+def train_epoch(networks, averaged, optimizer, images, settings, epoch, done, bar, stop):
+    """The epoch's updates, `averaged` (or None) following the target; where a signal comes, those up to the next one.
+
+    `done` is carried on: the "step"s done in this epoch, and of each figure that the step reports the "totals" over
+    their images. Returns the first update whose loss was not finite, (), or infinity: on the device, as the totals, so
+    that nothing waits for it.
+    """
+    method, totals = METHODS[settings["method"]], done["totals"]
     parameters = signature(method["step"]).parameters
     chosen = {name: settings[name] for name in options(method) if name != "guide"}
     if "epoch" in parameters:
         chosen["epoch"] = epoch
-    totals = {}
-    for x, y, draws in train_batches(images, settings["batch_size"], settings["seed"], epoch):
+    bad = torch.full((), math.inf, device=images.x.device)
+    for x, y, draws in train_batches(images, settings["batch_size"], settings["seed"], epoch, done["step"]):
         start = near_start(x, draws) if method["start"] == "near" else uniform_start(x, settings["epsilon"], draws)
+        own = engine.own(len(y))  # of what was drawn for all processes; alone, everything
         if "noise" in parameters:
-            chosen["noise"] = partial(normal_like, x, draws)
-        _, figures = method["step"](**networks, optimizer=optimizer, x=x, y=y, start=start, **chosen)
+            chosen["noise"] = partial(normal_like, x, draws, own)
+        with engine.global_gradient(optimizer, len(y[own]) / len(y)):
+            _, figures = method["step"](**networks, optimizer=optimizer, x=x[own], y=y[own], start=start[own], **chosen)
+        engine.average_statistics(networks)
         if averaged is not None:
             averaged.update_parameters(networks["target"])
-        for name, value in figures.items():  # on the device: nothing waits for it before the epoch's end
-            totals[name] = totals.get(name, 0) + value * len(y)
+        done["step"] += 1
+        for name, value in figures.items():
+            totals[name] = totals.get(name, 0) + value * len(y[own])
+        bad = torch.where(figures["loss"].isfinite(), bad, bad.clamp(max=done["step"]))
         bar.update(len(y))
-    return {name: float(total) / len(images.y) for name, total in totals.items()}
+        if stop.asked():
+            break
+    return bad
 
 
-def normal_like(x, draws, k):
-    """N(0, 1) of the shape of x for the k-th PGD step, from the update's generator."""
-    return torch.randn(x.shape, generator=draws, device=x.device, dtype=x.dtype)
-
-
-def check_finite(figures, networks, epoch):
-    """Raises UserError if the epoch's loss or a weight is not finite, so that no such weight is ever saved."""
-    finite = math.isfinite(figures["loss"])
-    finite = finite and all(bool(p.isfinite().all()) for model in networks.values() for p in model.parameters())
-    if not finite:
-        raise UserError(
-            f"the loss or a weight stopped being finite in epoch {epoch}, which is not saved: try a smaller --lr"
-        )
+def normal_like(x, draws, own, k):
+    """N(0, 1) for the images `own` of the batch x and the k-th PGD step, from the update's generator."""
+    return torch.randn(x.shape, generator=draws, device=x.device, dtype=x.dtype)[own]
 
 
 def prepare_images(settings, device):
@@ -231,7 +247,8 @@ def prepare_networks(settings, num_classes, device):
     for role in ("target", "guide"):
         if role in settings:
             torch.manual_seed(generator("cpu", settings["seed"], role).initial_seed())
-            networks[role] = build_model(settings[role], num_classes).to(device, memory_format=torch.channels_last)
+            model = build_model(settings[role], num_classes).to(device, memory_format=torch.channels_last)
+            networks[role] = nn.SyncBatchNorm.convert_sync_batchnorm(model) if settings["sync_bn"] else model
     weights = [weight for model in networks.values() for weight in model.parameters()]
     hyper = {"momentum": settings["momentum"], "weight_decay": settings["weight_decay"]}
     return networks, torch.optim.SGD(weights, lr=settings["lr"], **hyper)
@@ -239,90 +256,107 @@ def prepare_networks(settings, num_classes, device):
 
 def measure(networks, images, settings):
     """Accuracies in eval mode: clean on the test images, clean and under PGD-10 on the held-out ones."""
-    row = {"test_acc": accuracy(networks["target"], images["test"])}
+    row = {"test_acc": accuracy(networks["target"], images["test"], "clean", settings)}
     if "guide" in networks:
-        row["guide_test_acc"] = accuracy(networks["guide"], images["test"])
+        row["guide_test_acc"] = accuracy(networks["guide"], images["test"], "clean", settings)
     if "val" in images:
-        row["val_clean"] = accuracy(networks["target"], images["val"])
-        budget = {"epsilon": settings["epsilon"], "step_size": settings["step_size"]}
-        hits = robust(networks["target"], images["val"], "pgd10", **budget, batch_size=256, seed=settings["seed"])
-        row["val_pgd"] = float(hits.float().mean())
+        row["val_clean"] = accuracy(networks["target"], images["val"], "clean", settings)
+        row["val_pgd"] = accuracy(networks["target"], images["val"], "pgd10", settings)
     return row
+
+
+def accuracy(model, images, attack, settings):
+    """The share of the images classified as their label under `attack`, every process attacking its part of them."""
+    own = torch.zeros(len(images.y), dtype=torch.bool)
+    own[engine.own(len(own))] = True
+    budget = {name: settings[name] for name in ("epsilon", "step_size", "seed")}
+    stands = robust(model, images, attack, **budget, batch_size=256, found=begin(own))
+    (hits,) = sum_over_processes((stands & own).sum())
+    return int(hits) / len(own)
 
 
 def train(settings, out, device, former=None):
     """Trains as `settings` say, an epoch at a time, into the folder `out`; `former` is the checkpoint to go on from.
     Returns the log, one dict per epoch.
 
-    After each epoch `last.pt` and then `log.jsonl` are replaced, each whole; `best.pt` is the `last.pt` with the best
-    accuracy under PGD on the held-out images; at the end `weights.pt` is the target's state_dict.
+    After each epoch, and after the update in which a signal comes, `last.pt` and then `log.jsonl` are replaced, each
+    whole; `best.pt` is the `last.pt` with the best accuracy under PGD on the held-out images; at the end `weights.pt`
+    is the target's state_dict. Raises Stopped after a signal.
     """
-    images = prepare_images(settings, device)
+    images = engine.one_by_one(lambda: prepare_images(settings, device))
     classes, count, epochs = images["train"].classes, len(images["train"].y), settings["epochs"]
+    updates = math.ceil(count / settings["batch_size"])
+    check_batches(count, settings["batch_size"])
     networks, optimizer = prepare_networks(settings, len(classes), device)
     averaged = None
     if settings["ema"]:
         averaged = AveragedModel(
             networks["target"], multi_avg_fn=get_ema_multi_avg_fn(settings["ema"]), use_buffers=True
         )
-    log = []
+    log, done = [], {"step": 0, "totals": {}, "seconds": 0.0}
+    write = lambda function, *args: engine.agree(lambda: function(*args), turn=engine.rank() == 0)
     sizes, origin = {split: len(found.y) for split, found in images.items()}, provenance(device)
     if former is None:
-        out.mkdir(parents=True, exist_ok=True)
-        config = {"settings": settings, "classes": classes, "images": sizes, **origin}
-        write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
+        config = {"settings": settings, "classes": classes, "images": sizes, "processes": engine.count(), **origin}
+        write(write_text, out / "config.json", json.dumps(config, indent=1) + "\n")
     else:
         check_classes(former["classes"], classes, f"{out} was trained on")
-        log = former["log"]
-        for role, model in networks.items():
-            checkpoints.load_weights(model, former[role], f"the {role} in {out}")
-        optimizer.load_state_dict(former["optimizer"])
-        if averaged is not None:
-            checkpoints.load_weights(averaged.module, former["ema"], f"the averaged target in {out}")
-            averaged.n_averaged.fill_(1)  # any number but 0, at which the average would start anew
+        engine.restore(former, networks, averaged, optimizer)
+        log, done = former["log"], {name: former[name] for name in done}
+        # The totals are those of all processes: the first one takes them over.
+        done["totals"] = {name: total.to(device) * (engine.rank() == 0) for name, total in done["totals"].items()}
+        write(engine.write_log, out, log)
 
     print(f"{out}: {', '.join(f'{n} {split}' for split, n in sizes.items())} images, {origin['device']}")
     print("  ".join(f"{name} {_shown(value)}" for name, value in settings.items()))
-    seen = count * len(log)
-    with tqdm(total=epochs * count, initial=seen, unit="img", unit_scale=True, disable=None, smoothing=0.05) as bar:
+    seen = count * len(log) + settings["batch_size"] * done["step"]
+    bar = tqdm(total=epochs * count, initial=seen, unit="img", unit_scale=True, disable=None, smoothing=0.05)
+    with bar, engine.Stop() as stop:
         for epoch in range(len(log) + 1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
             lr = optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch)
             began = time.perf_counter()
-            figures = train_epoch(networks, averaged, optimizer, images["train"], settings, epoch, bar)
-            seconds = time.perf_counter() - began
-            check_finite(figures, networks, epoch)
-            row = {"epoch": epoch, "lr": lr, **figures}
-            if epoch % settings["eval_every"] == 0 or epoch == epochs:
-                row.update(measure(networks, images, settings))
-            best = "val_pgd" in row and row["val_pgd"] > max((past.get("val_pgd", -1) for past in log), default=-1)
-            log.append({**row, "seconds": seconds, "images_per_second": count / seconds})
-
-            content = {role: model.state_dict() for role, model in networks.items()}
-            if averaged is not None:
-                content["ema"] = averaged.module.state_dict()
-            content["optimizer"] = optimizer.state_dict()
-            content.update(epoch=epoch, settings=settings, classes=classes, log=log)
-            if best:
-                checkpoints.save(out / "best.pt", content)
-            checkpoints.save(out / "last.pt", content)
-            write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-            bar.write(report(log[-1], epochs))
-    checkpoints.save(out / "weights.pt", networks["target"].state_dict())
+            bad = train_epoch(networks, averaged, optimizer, images["train"], settings, epoch, done, bar, stop)
+            engine.check_finite(bad, networks, epoch, done["step"])
+            done["seconds"] += time.perf_counter() - began
+            done["totals"] = dict(zip(done["totals"], sum_over_processes(*done["totals"].values()), strict=True))
+            best = False
+            if whole := done["step"] == updates:
+                row = {"epoch": epoch, "lr": lr, **{name: float(t) / count for name, t in done["totals"].items()}}
+                if epoch % settings["eval_every"] == 0 or epoch == epochs:
+                    row.update(measure(networks, images, settings))
+                best = "val_pgd" in row and row["val_pgd"] > max((past.get("val_pgd", -1) for past in log), default=-1)
+                log.append({**row, "seconds": done["seconds"], "images_per_second": count / done["seconds"]})
+                done = {"step": 0, "totals": {}, "seconds": 0.0}
+            content = {**engine.state(networks, averaged, optimizer), "epoch": len(log), **done}
+            write(engine.save, out, {**content, "settings": settings, "classes": classes, "log": log}, best)
+            if whole:
+                bar.write(report(log[-1], epochs))
+            if stop.asked() and len(log) < epochs:
+                where = f"after epoch {epoch}" if whole else f"after update {done['step']} of epoch {epoch}"
+                raise Stopped(stop.signal, f"saved {where}; to go on, add --out {out} --resume")
+    write(checkpoints.save, out / "weights.pt", networks["target"].state_dict())
     return log
 
 
-def resume(out, typed):
-    """The settings and the last checkpoint of the run in `out`; the epochs alone may be other ones, and then leave the
-    rest of the schedule as it is. Raises UserError for any other typed flag that differs from the run's."""
-    former = checkpoints.load(out / "last.pt")
-    if not isinstance(former, dict) or "settings" not in former:
-        raise UserError(f"{out / 'last.pt'} is not a run's checkpoint")
+def check_batches(images, batch_size):
+    """Raises UserError where an epoch has a batch, the last one, with fewer images than there are processes."""
+    smallest = images % batch_size or min(images, batch_size)
+    if smallest < engine.count():
+        raise UserError(f"a batch of {smallest} images for {engine.count()} processes: choose another --batch-size")
+
+
+def resume(former, out, typed):
+    """The settings of the run in `out`; the epochs alone may be other ones, and then leave the rest of the schedule as
+    it is. Raises UserError for any other typed flag that differs from the run's, and for epochs that are past."""
     own = former["settings"]
     for name, value in typed.items():
         if name != "epochs" and own.get(name) != value:
             raise UserError(f"the run in {out} has {name} {own.get(name)}, not {value}: to resume, leave that flag out")
-    return {**own, "epochs": typed.get("epochs", own["epochs"])}, former
+    epochs = typed.get("epochs", own["epochs"])
+    if epochs < former["epoch"] + (former["step"] > 0):
+        raise UserError(f"the run in {out} is beyond epoch {epochs}: to resume, give more --epochs")
+    return {**own, "epochs": epochs}
 
 
 def _shown(value):
@@ -418,6 +452,8 @@ def parser():
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add("--deterministic", action=BooleanOptionalAction,
         help="same seed, same device, same bytes (default); --no-deterministic may be faster on a GPU")  # fmt: skip
+    add("--sync-bn", action="store_true", default=None,
+        help="under torchrun, on GPUs: BatchNorm over all processes' images (default: each over its own)")  # fmt: skip
     add("--eval-every", type=bounded(int, 1), metavar="N",
         help="test, and validate, after each N epochs and the last (default: 1)")  # fmt: skip
     add("--val-images", type=bounded(int, 0), metavar="N",
@@ -433,23 +469,25 @@ def parser():
 @command
 def main(argv):
     typed = {name: value for name, value in vars(parser().parse_args(argv)).items() if value is not None}
-    out, device, resuming = typed.pop("out", None), pick_device(typed.pop("device", None)), typed.pop("resume", False)
+    out, device, resuming = (typed.pop(name, None) for name in ("out", "device", "resume"))
     settings, named = resolve(typed)
-    out, former = out or named, None
-    if resuming and (out / "last.pt").exists():
-        settings, former = resume(out, typed)
-    elif out.exists() and not resuming:
-        raise UserError(f"{out} exists already: go on with --resume, or choose another folder with --out")
-    full_float32()
-    torch.use_deterministic_algorithms(settings["deterministic"])
-    torch.backends.cudnn.benchmark = not settings["deterministic"]
-    try:
-        train(settings, out, device, former)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"to go on after the last whole epoch, add --out {out} --resume") from None
-    networks = ["--network", "target,guide"] if "guide" in settings else []
-    print(f"\nThe target's weights are in {out / 'weights.pt'}. Attack what was trained with")
-    print(shlex.join(["python", "evaluate.py", str(out / "last.pt"), *networks]))
+    out = out or named
+    with ExitStack() as stack:
+        device = stack.enter_context(engine.processes(device))
+        former = engine.from_first(lambda: stack.enter_context(engine.claimed(out, resuming)))
+        if former is not None:
+            settings = resume(former, out, typed)
+        if settings["sync_bn"] and device.type != "cuda":
+            raise UserError("--sync-bn is torch's SyncBatchNorm, which needs GPUs: leave it out")
+        full_float32()
+        deterministic(settings["deterministic"])
+        try:
+            train(settings, out, device, former)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"to go on after the last save, add --out {out} --resume") from None
+        networks = ["--network", "target,guide"] if "guide" in settings else []
+        print(f"\nThe target's weights are in {out / 'weights.pt'}. Attack what was trained with")
+        print(shlex.join(["python", "evaluate.py", str(out / "last.pt"), *networks]))
 
 
 if __name__ == "__main__":

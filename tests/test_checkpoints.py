@@ -67,7 +67,7 @@ def test_a_save_that_is_not_atomic_is_rejected(old, new, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('aside = path.with_name(f".{path.name}.{os.getpid()}")', "aside = path"),
+        ('aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")', "aside = path"),
         ("aside.unlink(missing_ok=True)", "pass"),
     ],
 )

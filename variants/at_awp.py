@@ -23,7 +23,7 @@ def at_awp_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, aw
     with torch.no_grad():
         target(x_adv)  # no loss term: the release asks for the attack's final loss, which BatchNorm notices
 
-    worst = lambda: F.cross_entropy(target(x_adv), y)
+    worst = lambda: F.cross_entropy(target(x_adv), y, reduction="sum")
     with weight_perturbation(target, worst, awp_gamma) if epoch >= awp_start else nullcontext():
         adv_logits = target(x_adv)  # (B, C)
         loss = F.cross_entropy(adv_logits, y)

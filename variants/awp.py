@@ -8,14 +8,17 @@ from contextlib import contextmanager
 
 import torch
 
+from losses import sum_over_processes
+
 
 @contextmanager
 def weight_perturbation(target, objective, gamma):
     """w + gamma * v inside the `with`, w at its end plus whatever was added to the weights in between.
 
     target      in train mode. Its convolution and linear weights are perturbed, neither biases nor BatchNorm.
-    objective   no argument to a scalar to be increased, a mean over the batch; it forwards the target, whose BatchNorm
-                statistics are put back afterwards.
+    objective   no argument to a scalar to be increased, a sum over the batch (of which only the gradient's direction
+                counts), whose parts several processes may hold; it forwards the target, whose BatchNorm statistics are
+                put back afterwards.
     gamma       the relative size: the perturbation of a weight tensor has gamma times its norm.
 
     The optimizer steps inside: weight decay and momentum see the perturbed weights, as in the release. That takes the
@@ -24,7 +27,7 @@ def weight_perturbation(target, objective, gamma):
     """
     weights = [p for name, p in target.named_parameters() if p.dim() > 1 and "weight" in name]
     statistics = [buffer.clone() for buffer in target.buffers()]
-    gradients = torch.autograd.grad(objective(), weights)
+    gradients = sum_over_processes(*torch.autograd.grad(objective(), weights))
     with torch.no_grad():
         for buffer, former in zip(target.buffers(), statistics, strict=True):
             buffer.copy_(former)

@@ -38,7 +38,7 @@ def dynat_awp_step(
             objective = lambda logits: kl_divergence(clean_logits, logits).sum()
         x_adv = linf_pgd(target, x, start, objective, epsilon=epsilon, step_size=step_size, steps=steps)
 
-    worst = lambda: trades_loss(target(x), target(x_adv), y, AWP_KL_WEIGHT)
+    worst = lambda: len(y) * trades_loss(target(x), target(x_adv), y, AWP_KL_WEIGHT)
     with weight_perturbation(target, worst, awp_gamma) if epoch >= awp_start else nullcontext():
         adv_logits = target(x_adv)  # (B, C)
         with torch.set_grad_enabled(kl_weight > 0):  # else it only brings clean statistics into BatchNorm

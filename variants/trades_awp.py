@@ -26,7 +26,7 @@ def trades_awp_step(
         objective = lambda logits: kl_divergence(clean_logits, logits).sum()
         x_adv = linf_pgd(target, x, start, objective, epsilon=epsilon, step_size=step_size, steps=steps)
 
-    worst = lambda: trades_loss(target(x), target(x_adv), y, kl_weight)
+    worst = lambda: len(y) * trades_loss(target(x), target(x_adv), y, kl_weight)
     with weight_perturbation(target, worst, awp_gamma) if epoch >= awp_start else nullcontext():
         adv_logits = target(x_adv)  # (B, C)
         clean_logits = target(x)  # (B, C)
