@@ -27,7 +27,7 @@ from cli import PARTIAL, Parser, UserError, bounded, command, provenance
 
 RUN = ["--dataset", "tiny", "--train-images", "128", "--batch-size", "16", "--epochs", "3", "--steps", "2"]
 RUN += ["--ema", "0.9", "--val-images", "32", "--device", "cpu"]
-KINDS = {"SIGKILL": 4, "SIGKILL in a save": 3, "SIGTERM": 2, "SIGINT": 2}  # and how often, relative to each other
+KINDS = ("SIGKILL in a save", "SIGKILL", "SIGTERM", "SIGKILL in a save", "SIGKILL", "SIGINT")  # one after the other
 TIMES = ("seconds", "images_per_second")
 
 
@@ -87,25 +87,24 @@ def ending(out):
     }
 
 
-def torment(method, kills, processes, folder, draws):
-    """Trains `method` undisturbed, and again with `kills` kills. Returns how often each kind hit and what differs."""
+def torment(method, kinds, processes, folder, draws):
+    """Trains `method` undisturbed, and again with kills of these `kinds`. Returns how many hit and what differs."""
     whole, cut, errors = folder / "whole", folder / "cut", folder / "errors.txt"
     argv = [*RUN, "--method", method]
     began = time.perf_counter()
     if end(start([*argv, "--out", str(whole)], processes, errors)) != 0:
         raise UserError(f"{method} does not train at all: {errors.read_text()}")
     seconds = time.perf_counter() - began
-    hits = dict.fromkeys(KINDS, 0)
-    while sum(hits.values()) < kills:
-        kind = draws.choices(list(KINDS), KINDS.values())[0]
+    hits = 0
+    while hits < len(kinds):
         children = start([*argv, "--out", str(cut), "--resume"], processes, errors)
-        status = strike(children, kind, draws.uniform(0, 0.7 * seconds), cut)
+        status = strike(children, kinds[hits], draws.uniform(0, 0.7 * seconds), cut)
         if status == 0:  # done before it was hit: the next run begins anew
             if differing := compare(whole, cut):
                 return hits, differing
             cut = cut.with_name(cut.name + "-again")
         elif status in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 130, 143):
-            hits[kind] += 1
+            hits += 1
         else:
             return hits, [f"exit status {status}: {errors.read_text()}"]
     if end(start([*argv, "--out", str(cut), "--resume"], processes, errors)) != 0:
@@ -128,20 +127,18 @@ def main(argv):
     p.add_argument("--processes", type=bounded(int, 1), default=1, help="of each run (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="of moments and kinds (default: 0)")
     args = p.parse_args(argv)
-    draws, total = random.Random(args.seed), dict.fromkeys(KINDS, 0)
+    draws, kinds, broken = random.Random(args.seed), [KINDS[i % len(KINDS)] for i in range(args.kills)], 0
     print("  ".join(f"{name} {value}" for name, value in provenance(torch.device("cpu")).items()))
-    broken = 0
     for i, method in enumerate(args.methods):
-        kills = args.kills * (i + 1) // len(args.methods) - args.kills * i // len(args.methods)
+        own = kinds[args.kills * i // len(args.methods) : args.kills * (i + 1) // len(args.methods)]
         with tempfile.TemporaryDirectory() as folder:
-            hits, differing = torment(method, kills, args.processes, Path(folder), draws)
-        for kind, count in hits.items():
-            total[kind] += count
+            hits, differing = torment(method, own, args.processes, Path(folder), draws)
         broken += bool(differing)
-        print(f"{method:20} {sum(hits.values()):3} kills  {'DIFFERS: ' + ', '.join(differing) if differing else 'same'}",
-              flush=True)  # fmt: skip
-    print(f"{sum(total.values())} kills ({', '.join(f'{count} {kind}' for kind, count in total.items())}), "
-          f"{len(args.methods) - broken} of {len(args.methods)} runs ended in the same bytes")  # fmt: skip
+        outcome = f"DIFFERS: {', '.join(differing)}" if differing else "same"
+        print(f"{method:20} {hits:3} kills  {outcome}", flush=True)
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(KINDS))
+    survived = f"{len(args.methods) - broken} of {len(args.methods)} runs ended in the same bytes"
+    print(f"{args.kills} kills ({counts}), {survived}")
     if broken:
         raise UserError("a killed run did not end as an undisturbed one")
 

@@ -8,12 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import mutant, mutant_module
+from cases import mutant
 from conftest import ROOT
 
 import checkpoints
@@ -92,29 +91,24 @@ def test_every_method_stopped_within_an_epoch_goes_on_to_the_same_bytes(tmp_path
     check_stopped_and_resumed(tmp_path, "--method", method, *early)
 
 
-@pytest.mark.parametrize("after", [1, 4, 5, 7])  # the first update, an epoch's end, after it, the second epoch
+@pytest.mark.parametrize("after", [1, 3, 4, 6])  # the first update, an epoch's last one, its save, the next epoch
 def test_a_run_stopped_at_any_update_goes_on_to_the_same_bytes(tmp_path, after):
     check_stopped_and_resumed(tmp_path, "--val-images", "20", after=after)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("settings[\"seed\"], epoch, done[\"step\"])", "settings[\"seed\"], epoch, 0)"),
-        ('done["step"] += 1', 'done["step"] += 2'),
-        ("totals[name] = totals.get(name, 0) + value * len(y[own])", "totals[name] = value * len(y[own])"),
-    ],
-)  # fmt: skip
-def test_a_position_that_is_not_kept_is_rejected(tmp_path, monkeypatch, old, new):
-    monkeypatch.setattr(train_dynat, "train_epoch", mutant(train_dynat.train_epoch, (old, new)))
-    check = lambda: check_stopped_and_resumed(tmp_path)
-    if "totals" in old:  # a resumed epoch that forgets the rows before it
-        monkeypatch.undo()
-        monkeypatch.setattr(data, "TINY_SIZE", {"train": 200, "test": 40})
-        load = engine.load
-        monkeypatch.setattr(engine, "load", lambda path: {**load(path), "totals": {}})
+def test_a_resumed_epoch_that_begins_anew_is_rejected(tmp_path, monkeypatch):
+    broken = mutant(train_dynat.train_epoch, ('settings["seed"], epoch, done["step"])', 'settings["seed"], epoch, 0)'))
+    monkeypatch.setattr(train_dynat, "train_epoch", broken)
     with pytest.raises((AssertionError, KeyError)):
-        check()
+        check_stopped_and_resumed(tmp_path)
+
+
+@pytest.mark.parametrize("forgotten", ["totals", "step"])
+def test_a_checkpoint_without_its_position_is_rejected(tmp_path, monkeypatch, forgotten):
+    load = engine.load
+    monkeypatch.setattr(engine, "load", lambda path: {**load(path), forgotten: {"totals": {}, "step": 0}[forgotten]})
+    with pytest.raises(AssertionError):
+        check_stopped_and_resumed(tmp_path)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -133,7 +127,7 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(tmp_path, capf
 
 
 def test_a_signal_in_the_last_update_lets_the_run_end(tmp_path):
-    with signalled(8):  # two epochs of three updates, asked once more after each epoch
+    with signalled(7):  # of two epochs with three updates each, and one question after the first save
         assert main([*SHORT, "--out", str(tmp_path) + "/a"]) == 0
     assert (tmp_path / "a" / "weights.pt").exists()
 
@@ -157,23 +151,12 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_the_last_save_is_there(tmp_pat
 
 
 def test_a_killed_process_goes_on_to_the_same_bytes():
-    """A real process, killed three times at moments of a fixed seed, one of them in the middle of a save."""
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "kills.py"),
-        "--kills",
-        "3",
-        "--methods",
-        "dynat",
-        "--seed",
-        "2",
-    ]
+    """A real process, killed in the middle of a save, at a random moment, and by SIGTERM."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "3", "--methods", "dynat"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (
-        "3 kills (1 SIGKILL, 1 SIGKILL in a save" in done.stdout
-        and "1 of 1 runs ended in the same bytes" in done.stdout
-    )
+    assert "3 kills (1 SIGKILL in a save, 1 SIGKILL, 1 SIGTERM, 0 SIGINT)" in done.stdout
+    assert "1 of 1 runs ended in the same bytes" in done.stdout
 
 
 def test_a_run_that_died_between_checkpoint_and_log_mends_the_log(tmp_path, monkeypatch):
@@ -217,9 +200,9 @@ def test_a_folder_that_is_not_locked_lets_a_second_run_in(tmp_path, monkeypatch)
     broken = mutant(engine.claimed, ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"))
     with broken(tmp_path / "a", resuming=False), engine.claimed(tmp_path / "a", resuming=True):
         pass
-    with engine.claimed(tmp_path / "a", resuming=False), pytest.raises(cli.UserError):
-        with engine.claimed(tmp_path / "a", resuming=True):
-            pass
+    first, second = engine.claimed(tmp_path / "a", resuming=False), engine.claimed(tmp_path / "a", resuming=True)
+    with first, pytest.raises(cli.UserError), second:
+        pass
 
 
 def test_an_unfinished_save_of_a_killed_run_goes_when_the_run_goes_on(tmp_path):
@@ -262,7 +245,7 @@ def test_a_full_disk_loses_nothing(tmp_path, capsys):
 def test_a_save_in_place_is_rejected(tmp_path, capsys, monkeypatch):
     broken = mutant(checkpoints.save, ("with written_whole(path) as aside, open(aside,", "with open(path,"))
     monkeypatch.setattr(checkpoints, "save", broken)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeError)):  # the checkpoint is gone, or cut off
         check_full_disk(tmp_path, capsys)
 
 
@@ -294,6 +277,12 @@ def nan_loss(result, target):
     return result
 
 
+def nan_everywhere(result, target):
+    """From this update on, every loss is bad."""
+    inf_bias(result, target)
+    return nan_loss(result, target)
+
+
 def inf_bias(result, target):
     with torch.no_grad():
         target.linear.bias[0] = float("inf")
@@ -321,19 +310,14 @@ def test_a_weight_that_no_loss_shows_is_seen_before_the_save(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("bad.clamp(max=done[\"step\"])", "torch.full_like(bad, done[\"step\"])"),
-        ("torch.where(figures[\"loss\"].isfinite(), bad,", "torch.where(figures[\"loss\"] < 1e9, torch.inf,"),
+        ('bad.clamp(max=done["step"])', 'torch.full_like(bad, done["step"])'),  # the last bad one
+        ('torch.where(figures["loss"].isfinite(), bad,', 'torch.where(figures["loss"].isinf(), bad,'),
     ],
-)  # fmt: skip
-def test_another_bad_update_is_rejected(tmp_path, capsys, monkeypatch, old, new):
+)
+def test_another_than_the_first_bad_update_is_rejected(tmp_path, capsys, monkeypatch, old, new):
     monkeypatch.setattr(train_dynat, "train_epoch", mutant(train_dynat.train_epoch, (old, new)))
-
-    def two(result, target):
-        return nan_loss(result, target)
-
     with pytest.raises(AssertionError):
-        check_first_bad_update(tmp_path, capsys, inf_bias, "update 2 of epoch 2")
-        raise AssertionError
+        check_first_bad_update(tmp_path, capsys, nan_everywhere, "update 2 of epoch 2")
 
 
 def test_a_stopped_run_is_checked_before_it_is_saved(tmp_path, capsys):
