@@ -109,6 +109,7 @@ def deterministic(wanted):
     """Where `wanted`, the same seed gives the same bytes on the same device; else the device's faster ways are free."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS, too, asks for it before its first product
     torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help against bugs that costs a pass over all
     torch.backends.cudnn.benchmark = not wanted
 
 

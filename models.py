@@ -11,8 +11,18 @@ This file needs nothing but torch.
 import math
 import re
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+class Classifier(nn.Linear):
+    """w x + b, within autocast in float32 all the same: losses, and the attack's differences between logits, need more
+    than the 8 significant bits of bf16."""
+
+    def forward(self, features):
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
 
 class BasicBlock(nn.Module):
@@ -46,7 +56,7 @@ class ResNet18(nn.Module):
         self.layer2 = nn.Sequential(BasicBlock(64, 128, strides[1]), BasicBlock(128, 128, 1))
         self.layer3 = nn.Sequential(BasicBlock(128, 256, strides[2]), BasicBlock(256, 256, 1))
         self.layer4 = nn.Sequential(BasicBlock(256, 512, strides[3]), BasicBlock(512, 512, 1))
-        self.linear = nn.Linear(512, num_classes)
+        self.linear = Classifier(512, num_classes)
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))  # (B, 64, 32, 32)
@@ -85,7 +95,7 @@ class PreActResNet18(nn.Module):
         self.layer3 = nn.Sequential(PreActBlock(128, 256, 2), PreActBlock(256, 256, 1))
         self.layer4 = nn.Sequential(PreActBlock(256, 512, 2), PreActBlock(512, 512, 1))
         self.bn = nn.BatchNorm2d(512)
-        self.linear = nn.Linear(512, num_classes)
+        self.linear = Classifier(512, num_classes)
 
     def forward(self, x):
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))  # (B, 512, 4, 4)
@@ -134,7 +144,7 @@ class WideResNet(nn.Module):
         self.block2 = WideStage(blocks, 16 * widen, 32 * widen, 2)
         self.block3 = WideStage(blocks, 32 * widen, 64 * widen, 2)
         self.bn1 = nn.BatchNorm2d(64 * widen)
-        self.fc = nn.Linear(64 * widen, num_classes)
+        self.fc = Classifier(64 * widen, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
@@ -157,7 +167,7 @@ class CNN(nn.Module):
         self.bn2 = nn.BatchNorm2d(32)
         self.conv3 = nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(64)
-        self.linear = nn.Linear(64, num_classes)
+        self.linear = Classifier(64, num_classes)
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))  # (B, 16, 16, 16)

@@ -46,6 +46,7 @@ from data import DATASETS, check_classes, generator, hold_out, load_images, subs
 from evaluate import begin, robust
 from losses import dynamic_labels, guide_loss, kl_divergence, sum_over_processes, target_loss
 from models import NAMES, build_model
+from speed import faster, tf32
 
 
 def dynat_step(target, guide, optimizer, x, y, start, *, inner, epsilon, step_size, steps, beta, clean_forward=True):
@@ -122,6 +123,8 @@ RUN = {
     "preset": "paper",
     "seed": 1,
     "deterministic": True,
+    "precision": "fp32",
+    "compile": False,
     "sync_bn": False,
     "eval_every": 1,
     "val_images": 0,
@@ -288,6 +291,7 @@ def train(settings, out, device, former=None):
     updates = math.ceil(count / settings["batch_size"])
     check_batches(count, settings["batch_size"])
     networks, optimizer = prepare_networks(settings, len(classes), device)
+    fast = {role: faster(model, settings["precision"], settings["compile"]) for role, model in networks.items()}
     averaged = None
     if settings["ema"]:
         averaged = AveragedModel(
@@ -316,7 +320,8 @@ def train(settings, out, device, former=None):
             bar.set_description(f"epoch {epoch}/{epochs}")
             lr = optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch)
             began = time.perf_counter()
-            bad = train_epoch(networks, averaged, optimizer, images["train"], settings, epoch, done, bar, stop)
+            with tf32(settings["precision"] == "tf32"):
+                bad = train_epoch(fast, averaged, optimizer, images["train"], settings, epoch, done, bar, stop)
             engine.check_finite(bad, networks, epoch, done["step"])
             done["seconds"] += time.perf_counter() - began
             done["totals"] = dict(zip(done["totals"], sum_over_processes(*done["totals"].values()), strict=True))
@@ -452,6 +457,12 @@ def parser():
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add("--deterministic", action=BooleanOptionalAction,
         help="same seed, same device, same bytes (default); --no-deterministic may be faster on a GPU")  # fmt: skip
+    add("--precision", choices=("fp32", "tf32", "bf16"),
+        help="of the networks in training; losses, images and what is measured stay float32 (default: "
+        "fp32)")  # fmt: skip
+    add("--compile", action="store_true", default=None,
+        help="torch.compile, and on a GPU the attack as a CUDA graph: slow to start, fast then (default: "
+        "off)")  # fmt: skip
     add("--sync-bn", action="store_true", default=None,
         help="under torchrun, on GPUs: BatchNorm over all processes' images (default: each over its own)")  # fmt: skip
     add("--eval-every", type=bounded(int, 1), metavar="N",
@@ -477,8 +488,12 @@ def main(argv):
         former = engine.from_first(lambda: stack.enter_context(engine.claimed(out, resuming)))
         if former is not None:
             settings = resume(former, out, typed)
-        if settings["sync_bn"] and device.type != "cuda":
-            raise UserError("--sync-bn is torch's SyncBatchNorm, which needs GPUs: leave it out")
+        for flag, used, what in (
+            ("--sync-bn", settings["sync_bn"], "torch's SyncBatchNorm"),
+            ("--precision tf32", settings["precision"] == "tf32", "a mode of NVIDIA's"),
+        ):
+            if used and device.type != "cuda":
+                raise UserError(f"{flag} is {what} that needs GPUs: leave it out")
         full_float32()
         deterministic(settings["deterministic"])
         try:

@@ -1,0 +1,79 @@
+"""What makes updates faster, around the networks: a step calls them as it always does and need not know.
+
+    fast = faster(model, precision="bf16", compiled=True)
+    logits = fast(x)                                                # (B, C) float32, as model(x)
+
+The attack asks for the images' gradient alone. Its network holds the weights as constants, since a compiled one would
+compute their gradients as well: half as much work again, ten times an update.
+"""
+
+import copy
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def tf32(allowed):
+    """Inside the `with`, where it is `allowed`, NVIDIA GPUs multiply float32 numbers of TF32's 11 significant bits."""
+    parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    former = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        for part, precision in zip(parts, former, strict=True):
+            part.fp32_precision = precision
+
+
+def faster(model, precision, compiled):
+    """`model` itself, or where precision is "bf16" or it is to be `compiled`, a Fast one over the same weights."""
+    return Fast(model, precision == "bf16", compiled) if precision == "bf16" or compiled else model
+
+
+class Fast(nn.Module):
+    """model(x), in bf16 but for the classifier where `bf16`, through torch.compile where `compiled`.
+
+    Images (B, 3, H, W) in [0, 1] to logits (B, C) float32. Where x asks for a gradient its weights do not: that is the
+    attack. Parameters, buffers and modes are the model's own, and must stay where they are in memory.
+    """
+
+    def __init__(self, model, bf16, compiled):
+        super().__init__()
+        self.model, self.bf16 = model, bf16
+        # Each use has a network of its own, whose mode never changes: a compiled one would be compiled anew.
+        self.uses = {"update": model, "train": frozen(model).train(), "eval": frozen(model).eval()}
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64  # of one code for all networks, uses and batch sizes of a run
+            self.uses = {use: torch.compile(network, dynamic=False) for use, network in self.uses.items()}
+        self.capture = compiled and next(model.parameters()).is_cuda
+        self.graphs = {}  # of the attack in eval mode, by the shape of its images
+
+    def forward(self, x):
+        if self.training and not x.requires_grad:
+            return self.call("update", x)
+        if self.training:
+            return self.call("train", x)
+        if not (self.capture and x.requires_grad):
+            return self.call("eval", x)
+        if x.shape not in self.graphs:
+            # Forward and backward as CUDA graphs: their hundreds of kernels are launched at once.
+            sample = x.detach().clone().requires_grad_()
+            self.graphs[x.shape] = torch.cuda.make_graphed_callables(partial(self.call, "eval"), (sample,))
+        return self.graphs[x.shape](x).clone()  # its next run overwrites the logits
+
+    def call(self, use, x):
+        # Without autocast's cache: a weight is used once in a forward, and a graph must not depend on it.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            return self.uses[use](x)  # (B, C)
+
+
+def frozen(model):
+    """The same network over the same weights and buffers, which asks for no gradient of the weights."""
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for own, shared in zip([*twin.parameters(), *twin.buffers()], [*model.parameters(), *model.buffers()], strict=True):
+        own.data = shared.data
+    return twin
