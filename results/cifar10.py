@@ -130,12 +130,12 @@ def plan_rows(args):
     if unknown:
         raise UserError(f"plan {args.plan} has no row {unknown[0]}: its rows are {' '.join(names)}")
     rows = [plan_row(plan, words, name, args) for name, words in names.items() if name in (args.rows or names)]
-    for row in rows:
-        typed = vars(train_dynat.parser().parse_args(row.train[2:]))
-        own = ("out", "resume", "device")  # no settings
+    train, attacks, own = train_dynat.parser(), evaluate.parser(), ("out", "resume", "device")
+    for row in rows:  # a mistake is said before anything runs
+        typed = vars(train.parse_args(row.train[2:]))
         train_dynat.resolve({flag: value for flag, value in typed.items() if value is not None and flag not in own})
-        for attack in [*row.attacks.values(), *row.auto_attacks.values()]:
-            evaluate.parser().parse_args(attack[2:])
+        for line in [*row.attacks.values(), *row.auto_attacks.values()]:
+            attacks.parse_args(line[2:])
     return rows
 
 
@@ -238,7 +238,7 @@ def measure(rows, run, left):
     """
     begun = False
     for row in rows:
-        if "failed" in read(row.folder) or all(report.exists() for report in row.attacks):
+        if "failed" in read(row.folder) or all(report.exists() for report in row.attacks or row.auto_attacks):
             continue
         if not trained(row):
             if not (row.folder / "last.pt").exists():
