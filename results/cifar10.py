@@ -210,17 +210,17 @@ def trained(row):
     return (row.folder / "last.pt").exists() and len(read(row.folder).get("log", [])) >= row.epochs
 
 
-def seconds_needed(row, rows):
-    """How long a row takes, from the rows of `rows` already measured, of its own method where there is one, else the
+def seconds_needed(row):
+    """How long a row takes, from the rows already measured beside it, of its own method where there is one, else the
     slowest: (seconds, what they are estimated from), (0, None) if none is."""
     epochs, attacks = {}, [0]  # seconds
-    for other in rows:
-        record = read(other.folder)
+    for file in row.folder.parent.glob("*/row.json"):
+        record = read(file.parent)
         if record.get("log"):
-            epochs[other.words] = statistics.mean(line["seconds"] for line in record["log"])
-        for report in other.attacks:
-            if report.stem in record.get("evaluations", {}):
-                attacks.append(sum(found["seconds"] for found in record["evaluations"][report.stem]["results"]))
+            epochs[record["row"]] = statistics.mean(line["seconds"] for line in record["log"])
+        for report in record["evaluations"].values():
+            if not evaluate.AUTO_ATTACK.keys() & {cell["attack"] for cell in report["results"]}:
+                attacks.append(sum(cell["seconds"] for cell in report["results"]))
     if not epochs:
         return 0, None
     same = [words for words in epochs if words.split()[0] == row.words.split()[0]]
@@ -242,7 +242,7 @@ def measure(rows, run, left):
             continue
         if not trained(row):
             if not (row.folder / "last.pt").exists():
-                needed, why = seconds_needed(row, rows)
+                needed, why = seconds_needed(row)
                 if begun and needed > left():
                     print(f"{row.folder.name} is not begun: {left():.0f} s are left, it takes about {needed:.0f} s "
                           f"({why})", flush=True)  # fmt: skip
@@ -337,10 +337,6 @@ def gather(args):
     write_text(args.out / f"cifar10-{args.plan}.md", page(results, PLANS[args.plan]))
 
 
-def attack_list(text):
-    return evaluate.attack_names(text)
-
-
 def parser():
     p = Parser(prog="cifar10.py", description=__doc__)
     add = p.add_argument
@@ -353,7 +349,7 @@ def parser():
     add("--target", metavar="NAME", help="default: the plan's")
     add("--guide", default="resnet18", metavar="NAME", help="of the rows that have one (default: resnet18)")
     add("--epochs", type=bounded(int, 1), help="default: the plan's")
-    add("--attacks", type=attack_list, default=evaluate.attack_names("clean,pgd20,cw,aa"), metavar="LIST",
+    add("--attacks", type=evaluate.attack_names, default="clean,pgd20,cw,aa", metavar="LIST",
         help="default: clean,pgd20,cw,aa")  # fmt: skip
     add("--images", type=bounded(int, 1), metavar="N", help="to attack (default: all test images)")
     add("--aa-images", type=bounded(int, 1), default=1000, metavar="N",

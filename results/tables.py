@@ -127,12 +127,13 @@ def training_table(records):
         ])  # fmt: skip
 
 
-def budgets(records):
-    """The epsilon and step size of the attacks: 'epsilon 8/255, step size 2/255 (PGD, C&W)'."""
-    rows = measured(records)
-    epsilon, step = ({figures.pixel_units(row[name]) for row in rows if name in row} for name in
-                     ("epsilon", "step_size"))  # fmt: skip
-    return f"epsilon {once(sorted(epsilon))}, step size {once(sorted(step))} (PGD, C&W)"
+def budget(records):
+    """The attacks' epsilon and step size: ', epsilon 8/255, step size 2/255 (PGD, C&W)'; empty before the first."""
+    text = ""
+    for name, shown in (("epsilon", ", epsilon {}"), ("step_size", ", step size {} (PGD, C&W)")):
+        values = sorted({figures.pixel_units(row[name]) for row in measured(records) if name in row})
+        text += shown.format(once(values)) if values else ""
+    return text
 
 
 def page(results, plan):
@@ -156,7 +157,7 @@ def page(results, plan):
         "",
         "Accuracy with its 95 % interval (Wilson) on n test images, after the last epoch (`last`; `ema`: the average "
         "of its weights) or after the best on held-out training images (`best`). Attacks in float32, "
-        f"{budgets(records)}, one start. One run each. Blank is what was not measured. The paper's figures, in "
+        f"one start{budget(records)}. One run each. Blank is what was not measured. The paper's figures, in "
         "percent, are there for the order of the methods: its networks, epochs, images and, under AA, its epsilon are "
         "others.",
         "",

@@ -286,6 +286,7 @@ def test_a_row_begins_only_where_it_fits(tmp_path, capsys):
         ("seconds_needed", "max(same or epochs, key=epochs.get)", "min(epochs, key=epochs.get)"),
         ("seconds_needed", "row.epochs * epochs[slowest]", "epochs[slowest]"),
         ("seconds_needed", " + len(row.attacks) * max(attacks)", ""),
+        ("seconds_needed", "if not evaluate.AUTO_ATTACK", "if evaluate.AUTO_ATTACK"),
     ],
 )
 def test_a_budget_not_kept_is_rejected(tmp_path, capsys, monkeypatch, function, old, new):
