@@ -147,7 +147,7 @@ def page(results, plan):
     records = {words: found.get(row_name(words), {}) for words in plan["rows"]}
     settings = [record["config"]["settings"] for record in found.values() if "config" in record]
     data = once(DATA[own["dataset"]] for own in settings) or "not measured yet"
-    common = [f"{name}: {once(own[name] for own in settings if name in own)}" for name in
+    common = [f"{name}: {once(own[name] for own in settings if own.get(name))}" for name in
               ("target", "guide", "epochs", "batch_size", "train_images", "val_images", "ema", "seed")
               if any(own.get(name) for own in settings)]  # fmt: skip
     lines = [
