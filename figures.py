@@ -303,6 +303,11 @@ def heading(items, text=""):
     return fill(": ".join(filter(None, [", ".join(shared), text])), LETTERS)
 
 
+def called(items, dataset):
+    """The runs or evaluations with their data set called `dataset`, as for a folder of images; as they are if None."""
+    return [item._replace(settings={**item.settings, "dataset": dataset}) if dataset else item for item in items]
+
+
 def behind(runs, name):
     """', n = 1,000, 95 % intervals': the images behind an accuracy of the logs; empty where no run says."""
     numbers = {images_behind(run, name) for run in runs} - {None}
@@ -574,6 +579,7 @@ def parser():
             one.add_argument("--out", type=Path, metavar="FILE", help="default: printed")
         else:
             one.add_argument("--out", type=picture_file, required=True, metavar="FILE", help=".png, .pdf or .svg")
+            one.add_argument("--dataset-name", metavar="NAME", help="in the title (default: the --dataset of the runs)")
     one = kinds.add_parser("images", description=attacked_images.__doc__, help="images, perturbation, predictions")
     add = one.add_argument
     add("checkpoint", type=Path, help="a run's last.pt, or a file with weights")
@@ -606,10 +612,10 @@ def main(argv):
             figure = attacked_images(args)
         elif args.kind == "bars":
             evaluations = [found for source in args.sources for found in read_evaluations(source)]
-            figure = bars(evaluations, names(evaluations, args.labels))
+            figure = bars(called(evaluations, args.dataset_name), names(evaluations, args.labels))
         else:
             runs = [read_run(source) for source in args.sources]
-            figure = FROM_RUNS[args.kind](runs, names(runs, args.labels))
+            figure = FROM_RUNS[args.kind](called(runs, args.dataset_name), names(runs, args.labels))
         save(figure, args.out)
     print(args.out)
 

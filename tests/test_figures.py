@@ -91,6 +91,30 @@ def test_epochs_without_a_test_are_left_out(tmp_path):
     assert figures.curve(figures.read_run(make_run(tmp_path / "run", log)), "test_acc") == ((2, 4), (24.0, 48.0))
 
 
+def check_dataset_name(module, folder):
+    """The title names the data set as told, and the name of nothing else changes."""
+    titles = []
+    save, module.save = module.save, lambda figure, path: titles.append(figure.get_suptitle())
+    try:
+        run, report = str(make_run(folder / "run")), str(make_json(folder / "a.json", MEASURED))
+        for arguments in (["clean", run], ["bars", report], ["clean", run, "--dataset-name", "CIFAR-10, JPEG copy"],
+                          ["bars", report, "--dataset-name", "CIFAR-10, JPEG copy"]):  # fmt: skip
+            assert module.main([*arguments, "--out", str(folder / "a.png")]) == 0
+    finally:
+        module.save = save
+    assert [title.split(", target")[0] for title in titles] == ["tiny", "cifar10", *["CIFAR-10, JPEG copy"] * 2]
+
+
+def test_a_folder_of_images_can_be_called_by_its_name(tmp_path):
+    check_dataset_name(figures, tmp_path)
+
+
+@pytest.mark.parametrize("items", ["evaluations", "runs"])
+def test_a_picture_without_the_name_is_rejected(tmp_path, items):
+    with pytest.raises(AssertionError):
+        check_dataset_name(mutant_module(figures, (f"called({items}, args.dataset_name)", items)), tmp_path)
+
+
 def check_best_and_last(overfitting, folder):
     (ax,) = overfitting([figures.read_run(folder)], ["DYNAT"]).axes
     (label,) = ax.get_legend_handles_labels()[1]
