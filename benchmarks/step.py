@@ -87,7 +87,7 @@ def release_epoch(settings, images, device):
 
 def seconds_of(run, device):
     """How long run() takes until the device has done it."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     wait()
     began = time.perf_counter()
     run()
@@ -178,20 +178,22 @@ def side(epoch_of, settings, images, device):
     return run, networks, {"flop_per_update": count.flop // 2, "peak_bytes": peak}
 
 
-def compare(settings, images, device, repeats, rate, with_release):
+def compare(settings, images, device, repeats, with_release):
     """The figures of one configuration: both sides in turn, `repeats` times, each a pass over the images."""
     updates = len(images.y) // settings["batch_size"]
     sides = {"ours": our_epoch}
     if with_release and settings["method"] in release.RELEASES:
         sides["release"] = release_epoch
     warm = {name: side(epoch_of, settings, images, device) for name, epoch_of in sides.items()}
-    seconds = {name: [] for name in sides}
+    seconds, rate = {name: [] for name in sides}, 0.0
     for _ in range(repeats):
+        rate = max(rate, matmul_rate(device, torch.float32))
         for name, (run, _, _) in warm.items():
             seconds[name].append(seconds_of(run, device) / updates)
 
     row = {name: settings[name] for name in ("method", "target", "guide", "batch_size", "steps") if name in settings}
     row["precision"] = settings.get("precision", "fp32")
+    row["matmul_flop_per_second"] = rate
     for name, (_, _, counted) in warm.items():
         typical = median(seconds[name])
         row[name] = {
@@ -314,7 +316,8 @@ def configurations(typed, sweep):
 def report(row):
     """A row's figures, for people."""
     names = " ".join(str(row[name]) for name in ("method", "target", "guide") if name in row)
-    lines = [f"{names}  batch {row['batch_size']}  steps {row['steps']}  {row['precision']}"]
+    lines = [f"{names}  batch {row['batch_size']}  steps {row['steps']}  {row['precision']}  "
+             f"matmul {row['matmul_flop_per_second'] / 1e9:.1f} GFLOP/s"]  # fmt: skip
     for name in ("ours", "release"):
         if name in row:
             found = row[name]
@@ -354,13 +357,12 @@ def main(argv):
     full_float32()
     torch.use_deterministic_algorithms(everything[0]["deterministic"])
     torch.backends.cudnn.benchmark = not everything[0]["deterministic"]
-    rate = matmul_rate(device, torch.float32)
     origin = {"command": shlex.join(["python", "benchmarks/step.py", *argv]), **provenance(device)}
-    content = {**origin, "updates": args.updates, "repeats": args.repeats, "matmul_flop_per_second": rate, "rows": []}
-    print(f"{origin['device']}, torch {origin['torch']}, commit {origin['commit']}, matmul {rate / 1e9:.1f} GFLOP/s")
+    content = {**origin, "updates": args.updates, "repeats": args.repeats, "rows": []}
+    print(f"{origin['device']}, torch {origin['torch']}, commit {origin['commit']}")
     for settings in everything:
         images = images_for(settings, args.updates * settings["batch_size"], "train", device, made)
-        row = compare(settings, images, device, args.repeats, rate, not args.no_release)
+        row = compare(settings, images, device, args.repeats, not args.no_release)
         if args.parts:
             row["parts"] = by_part(
                 settings, images, device, images_for(settings, args.eval_images, "test", device, made)
