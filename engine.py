@@ -142,8 +142,9 @@ def average_statistics(networks):
 class Stop:
     """Notes SIGINT (Ctrl-C) and SIGTERM inside the `with`, instead of dying of them in the middle of an update."""
 
+    signal = 0
+
     def __enter__(self):
-        self.signal = 0
         self.former = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

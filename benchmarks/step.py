@@ -32,14 +32,26 @@ sys.path.insert(0, str(ROOT))
 
 import train_dynat  # noqa: E402  (the scripts are in the folder above)
 from benchmarks import release  # noqa: E402
-from cli import Parser, UserError, bounded, command, full_float32, pick_device, provenance, write_text  # noqa: E402
+from cli import (  # noqa: E402
+    Parser,
+    UserError,
+    bounded,
+    command,
+    deterministic,
+    full_float32,
+    pick_device,
+    provenance,
+    write_text,
+)
 from data import Images, generator, load_images, pixels, subset, train_batches  # noqa: E402
+from engine import Stop  # noqa: E402
 from evaluate import accuracy, robust  # noqa: E402
 from models import build_model  # noqa: E402
+from speed import faster, tf32  # noqa: E402
 
 CLASSES = {"cifar100": 100}
 SWEPT = ("steps", "batch-size", "target", "guide", "method")
-NOT_OF_AN_UPDATE = ("out", "resume", "ema", "val_images", "eval_every")
+NOT_OF_AN_UPDATE = ("out", "resume", "ema", "val_images", "eval_every", "sync_bn")
 
 
 def arguments(settings):
@@ -57,9 +69,16 @@ def our_epoch(settings, images, device):
     epoch = settings["epochs"]
     networks, optimizer = train_dynat.prepare_networks(settings, len(images.classes), device)
     optimizer.param_groups[0]["lr"] = train_dynat.learning_rate(settings, epoch)
-    bar = tqdm(disable=True)
-    run = lambda: train_dynat.train_epoch(networks, None, optimizer, images, settings, epoch, bar)
-    return run, networks
+    fast = {role: faster(model, settings["precision"], settings["compile"]) for role, model in networks.items()}
+    bar, stop = tqdm(disable=True), Stop()
+
+    def run():
+        with tf32(settings["precision"] == "tf32"):
+            train_dynat.train_epoch(
+                fast, None, optimizer, images, settings, epoch, {"step": 0, "totals": {}}, bar, stop
+            )
+
+    return run, fast
 
 
 def release_epoch(settings, images, device):
@@ -95,11 +114,12 @@ def seconds_of(run, device):
     return time.perf_counter() - began
 
 
-def matmul_rate(device, dtype):
+def matmul_rate(device, precision):
     """FLOP/s of the product of two square matrices, the best of ten: what the device can do for a network at most."""
     rows = 8192 if device.type == "cuda" else 2048  # large enough for the best rate
-    a, b = torch.randn(2, rows, rows, device=device).to(dtype)
-    return 2 * rows**3 / min(seconds_of(lambda: a @ b, device) for _ in range(10))
+    a, b = torch.randn(2, rows, rows, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    with tf32(precision == "tf32"):
+        return 2 * rows**3 / min(seconds_of(lambda: a @ b, device) for _ in range(10))
 
 
 class Count(TorchDispatchMode):
@@ -165,13 +185,13 @@ def side(epoch_of, settings, images, device):
     """One side of the comparison, warm: its pass over the images, and what is counted rather than timed."""
     batch = images._replace(x=images.x[: settings["batch_size"]], y=images.y[: settings["batch_size"]])
 
-    def two_updates():  # the second one beside the momentum that the first one made
-        run, _ = epoch_of(settings, batch, device)
+    def two_updates(**changed):  # the second one beside the momentum that the first one made
+        run, _ = epoch_of({**settings, **changed}, batch, device)
         run()
         run()
 
     with Count() as count:
-        two_updates()
+        two_updates(compile=False)  # whose operations are torch's own, each to be seen
     peak = cuda_peak(two_updates, device) if device.type == "cuda" else count.peak
     run, networks = epoch_of(settings, images, device)
     run()
@@ -185,15 +205,15 @@ def compare(settings, images, device, repeats, with_release):
     if with_release and settings["method"] in release.RELEASES:
         sides["release"] = release_epoch
     warm = {name: side(epoch_of, settings, images, device) for name, epoch_of in sides.items()}
-    seconds, rate = {name: [] for name in sides}, 0.0
+    seconds, precision = {name: [] for name in sides}, {"ours": settings["precision"], "release": "fp32"}
+    rates = dict.fromkeys(sides, 0.0)
     for _ in range(repeats):
-        rate = max(rate, matmul_rate(device, torch.float32))
         for name, (run, _, _) in warm.items():
+            rates[name] = max(rates[name], matmul_rate(device, precision[name]))
             seconds[name].append(seconds_of(run, device) / updates)
 
     row = {name: settings[name] for name in ("method", "target", "guide", "batch_size", "steps") if name in settings}
-    row["precision"] = settings.get("precision", "fp32")
-    row["matmul_flop_per_second"] = rate
+    row |= {"precision": settings["precision"], "compile": settings["compile"]}
     for name, (_, _, counted) in warm.items():
         typical = median(seconds[name])
         row[name] = {
@@ -202,7 +222,8 @@ def compare(settings, images, device, repeats, with_release):
             "images_per_second": settings["batch_size"] / typical,
             **counted,
             "flop_per_second": counted["flop_per_update"] / typical,
-            "share_of_matmul_rate": counted["flop_per_update"] / typical / rate,
+            "matmul_flop_per_second": rates[name],
+            "share_of_matmul_rate": counted["flop_per_update"] / typical / rates[name],
         }
     if "release" in sides:
         ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["release"], strict=True)]
@@ -256,7 +277,7 @@ def by_part(settings, images, device, evaluated):
     row = {f"{name}_seconds": taken / updates for name, taken in parts.items()}
 
     budget = {"epsilon": 8 / 255, "step_size": 2 / 255, "batch_size": 256, "seed": 0}
-    target = networks["target"]
+    target = getattr(networks["target"], "model", networks["target"])  # in float32, as all evaluation
     row["evaluation"] = {
         "images": len(evaluated.y),
         "clean_seconds": seconds_of(lambda: accuracy(target, evaluated), device),
@@ -282,13 +303,8 @@ def images_for(settings, count, split, device, made):
 def parser():
     p = Parser(prog="benchmarks/step.py", description=__doc__, epilog="Any other flag is train_dynat.py's.")
     add = p.add_argument_group("measurement").add_argument
-    add(
-        "--updates",
-        type=bounded(int, 1),
-        default=5,
-        metavar="N",
-        help="timed together, in each repetition (default: 5)",
-    )
+    add("--updates", type=bounded(int, 1), default=5, metavar="N",
+        help="timed together, in each repetition (default: 5)")  # fmt: skip
     add("--repeats", type=bounded(int, 1), default=5, metavar="N",
         help="repetitions, ours and the release in turn; the median is reported (default: 5)")  # fmt: skip
     add("--no-release", action="store_true", help="ours alone (default: beside the release, where there is one)")
@@ -316,14 +332,15 @@ def configurations(typed, sweep):
 def report(row):
     """A row's figures, for people."""
     names = " ".join(str(row[name]) for name in ("method", "target", "guide") if name in row)
-    lines = [f"{names}  batch {row['batch_size']}  steps {row['steps']}  {row['precision']}  "
-             f"matmul {row['matmul_flop_per_second'] / 1e9:.1f} GFLOP/s"]  # fmt: skip
+    lines = [f"{names}  batch {row['batch_size']}  steps {row['steps']}  {row['precision']}"
+             f"{' compiled' if row['compile'] else ''}"]  # fmt: skip
     for name in ("ours", "release"):
         if name in row:
             found = row[name]
             lines.append(
                 f"  {name:8} {found['seconds_per_update']:9.4f} s/update {found['images_per_second']:9.1f} images/s  "
-                f"{found['flop_per_second'] / 1e9:10.1f} GFLOP/s ({found['share_of_matmul_rate']:.0%} of matmul)  "
+                f"{found['flop_per_second'] / 1e9:10.1f} GFLOP/s ({found['share_of_matmul_rate']:.0%} of the "
+                f"{found['matmul_flop_per_second'] / 1e9:.0f} of a matrix product)  "
                 f"peak {found['peak_bytes'] / 2**20:8.1f} MiB"
             )
     if "speedup" in row:
@@ -355,8 +372,7 @@ def main(argv):
     made = "dataset" not in typed
     everything = configurations(typed, args.sweep)
     full_float32()
-    torch.use_deterministic_algorithms(everything[0]["deterministic"])
-    torch.backends.cudnn.benchmark = not everything[0]["deterministic"]
+    deterministic(everything[0]["deterministic"])
     origin = {"command": shlex.join(["python", "benchmarks/step.py", *argv]), **provenance(device)}
     content = {**origin, "updates": args.updates, "repeats": args.repeats, "rows": []}
     print(f"{origin['device']}, torch {origin['torch']}, commit {origin['commit']}")

@@ -121,7 +121,7 @@ TOY = ["--target", "cnn", "--guide", "cnn", "--batch-size", "8", "--steps", "2",
 
 @pytest.fixture
 def no_matmul(monkeypatch):
-    monkeypatch.setattr(step, "matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(step, "matmul_rate", lambda device, precision: 1e9)
 
 
 def written(folder, *argv):
@@ -138,7 +138,7 @@ def numbers(content):
 
 
 SIDE = {"seconds_per_update", "seconds_per_update_all", "images_per_second", "flop_per_update", "flop_per_second",
-        "share_of_matmul_rate", "peak_bytes"}  # fmt: skip
+        "matmul_flop_per_second", "share_of_matmul_rate", "peak_bytes"}  # fmt: skip
 PARTS = {"data_seconds", "guide_seconds", "attack_seconds", "update_seconds", "release_data_seconds", "evaluation"}
 
 

@@ -189,7 +189,9 @@ def check_train_flags(parser, monkeypatch, folder):
         if any(changed[name] != plain[name] for name in plain if name != flag):
             read.add(flag)
     source = (ROOT / "train_dynat.py").read_text()
-    read |= set(re.findall(r'typed\.pop\("(\w+)"', source)) | set(re.findall(r'rithms\(settings\["(\w+)"\]\)', source))
+    main = source[source.index("def main(") :]
+    own = re.search(r'typed\.pop\(name, None\) for name in \(("\w+"(?:, "\w+")*)\)', main)[1]
+    read |= set(re.findall(r'"(\w+)"', own)) | set(re.findall(r'settings\["(\w+)"\]', main))
     idle = flags(parser) - read
     assert not idle, f"nothing reads {idle}"
 
