@@ -133,7 +133,7 @@ def numbers(content):
     if isinstance(content, dict | list):
         for value in content.values() if isinstance(content, dict) else content:
             yield from numbers(value)
-    elif isinstance(content, int | float):
+    elif isinstance(content, int | float) and not isinstance(content, bool):
         yield content
 
 
