@@ -16,6 +16,7 @@ import checkpoints
 import evaluate
 import train_dynat
 from attacks import uniform_start
+from benchmarks import evaluation
 from cli import UserError
 from data import Images, generator, load_images, subset
 from models import build_model
@@ -931,3 +932,26 @@ def test_the_averaged_weights_are_attacked_where_they_are_asked_for(tmp_path, ca
     capsys.readouterr()
     assert evaluate.main([str(tmp_path / "b" / "last.pt"), "--weights", "ema"]) == 2
     assert "--ema" in capsys.readouterr().err
+
+
+def timed(run, folder, *flags):
+    file = folder / "timed.json"
+    argv = [run / "last.pt", "--network", "guide", "--images", 40, "--batch-size", 16, "--repeats", 2, "--json", file]
+    status = evaluation.main([str(argument) for argument in (*argv, *flags)])
+    return status, json.loads(file.read_text()) if file.exists() else None
+
+
+def test_the_benchmark_counts_what_the_evaluation_counts(run, images, tmp_path, model):
+    status, report = timed(run, tmp_path, "--attacks", "pgd2,cw")
+    assert status == 0 and report["images"] == 40 and report["device"] and report["torch"]
+    assert [row["attack"] for row in report["results"]] == ["pgd2", "cw"]
+    for row in report["results"]:
+        stands = evaluate.robust(model, images, row["attack"], **BUDGET, batch_size=40, seed=0)
+        assert row["plain"]["correct"] == row["evaluate"]["correct"] == int(stands.sum()) and row["differing"] == 0
+        assert all(len(row[way]["repeats"]) == 2 and min(row[way]["repeats"]) > 0 for way in ("plain", "evaluate"))
+
+
+def test_a_benchmark_of_two_different_attacks_is_rejected(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "refilled", lambda model, images, *_: torch.zeros(len(images.y), dtype=torch.bool))
+    assert timed(run, tmp_path, "--attacks", "pgd1") == (2, None)
+    assert "images are judged differently" in capsys.readouterr().err
