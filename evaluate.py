@@ -11,7 +11,9 @@ aa-fast  its first two, Auto-PGD on CE and on the targeted DLR loss
 aa       AutoAttack "standard": these two, targeted FAB and Square with 5,000 queries
 
 fgsm, pgdK and cw are the evaluations of the paper's tables (auto_attack_eval1.py in its release), AutoAttack is its
-authors' code (Croce and Hein, 2020; the package pyautoattack, unmodified). All run in float32 and in eval mode.
+authors' code (Croce and Hein, 2020; the package pyautoattack, unmodified). All run in float32 and in eval mode, on
+images still classified correctly alone: pgdK and cw refill their batch as images are fooled, AutoAttack after each of
+its attacks.
 
 --protocol standard  every attack with epsilon 8/255 on the whole test set
 --protocol paper     as the release: AutoAttack with epsilon 0.031 on the first 1,000 test images, the rest as above
@@ -44,6 +46,8 @@ AUTO_ATTACK = {
     "aa-fast": ("clean", "apgd-ce", "apgd-t"),
     "aa": ("clean", "apgd-ce", "apgd-t", "fab-t", "square"),
 }
+BLOCK = 32  # consecutive test images whose starts are drawn together: a generator for each costs more than its draws
+SAVE_EVERY = 5  # seconds, and as much work as an interruption may cost
 TARGETS = 9  # classes that apgd-t and fab-t aim at, where there are so many others
 SETTINGS = {  # fixed, and reported with the figures; pgd's steps are in its name
     "fgsm": {"steps": 1},
@@ -78,11 +82,19 @@ def pgd(model, x, y, start, **budget):
     return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, **budget)
 
 
-def cw(model, x, y, start, *, steps=20, **budget):
+def cw(model, x, y, start, **budget):
     """The same loop on C&W's margin, max_{c != y} z_c - z_y, with kappa = 0. Source: auto_attack_eval1.py,
     cw_Linf_attack."""
     objective = lambda z: -margin(z, y).sum()
-    return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, steps=steps, **budget)
+    return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, **budget)
+
+
+def iterated(name):
+    """The loop and the number of steps behind the name of an attack: pgd20 is (pgd, 20). None where it has no such
+    loop."""
+    if name == "cw":
+        return cw, SETTINGS["cw"]["steps"]
+    return (pgd, int(name.removeprefix("pgd"))) if name.startswith("pgd") else None
 
 
 def auto_attack(model, stage, x, y, *, epsilon, seed):
@@ -106,12 +118,15 @@ def auto_attack(model, stage, x, y, *, epsilon, seed):
 
 def starts(x, places, epsilon, key):
     """A uniform start for each image, drawn from `key` and the image's place in the test set and from nothing else, so
-    that neither the batch size nor what was attacked before changes it. Images x (B, 3, H, W), places (B,)."""
-    drawn = [
-        uniform_start(image, epsilon, generator(x.device, *key, place))
-        for image, place in zip(x, places.tolist(), strict=True)
-    ]
-    return torch.stack(drawn).contiguous(memory_format=torch.channels_last)
+    that neither the batch nor what was attacked before changes it. Images x (B, 3, H, W), places (B,) on the CPU."""
+    start, blocks = torch.empty_like(x), places // BLOCK
+    for block in blocks.unique().tolist():
+        members = blocks == block
+        within = places[members] % BLOCK
+        whole = x.new_zeros(BLOCK, *x.shape[1:])
+        whole[within] = x[members]
+        start[members] = uniform_start(whole, epsilon, generator(x.device, *key, block))[within]
+    return start
 
 
 def attack_batch(model, name, x, y, places, *, epsilon, step_size, seed):
@@ -120,57 +135,126 @@ def attack_batch(model, name, x, y, places, *, epsilon, step_size, seed):
     Images x (B, 3, H, W) in [0, 1], y (B,), their places in the test set (B,), from which, `name` and `seed` all
     randomness comes. Raises UserError where an image fails the check.
     """
-    key, slack = (seed, name), 0.0
-    budget = {"epsilon": epsilon, "step_size": step_size}
+    key = (seed, name)
     if name == "clean":
         return x
     if name == "fgsm":
         x_adv = fgsm(model, x, y, epsilon)
-    elif name == "cw":
-        x_adv = cw(model, x, y, starts(x, places, epsilon, key), **budget)
-    elif name.startswith("pgd"):
-        x_adv = pgd(model, x, y, starts(x, places, epsilon, key), **budget, steps=int(name.removeprefix("pgd")))
+    elif iterated(name):
+        attack, steps = iterated(name)
+        start = starts(x, places, epsilon, key)
+        x_adv = attack(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=steps)
     else:
         draws = generator("cpu", *key, int(places[0]))
         x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=draws.initial_seed())
-        slack = 1e-6  # FAB measures |x_adv - x|, which rounds
+        return checked(name, x, x_adv, epsilon, slack=1e-6)  # FAB measures |x_adv - x|, which rounds
+    return checked(name, x, x_adv, epsilon)
+
+
+def checked(name, x, x_adv, epsilon, slack=0.0):
+    """x_adv, if all of it lies in the epsilon ball of x and in [0, 1] and is finite; else raises UserError."""
     allowed = (x_adv >= x - epsilon - slack) & (x_adv <= x + epsilon + slack) & (x_adv >= 0) & (x_adv <= 1)
     if not allowed.all():  # false for NaN as well
         raise UserError(f"{name} left the epsilon ball or [0, 1], or met a NaN: are the weights finite?")
     return x_adv
 
 
+def chosen(images, places):
+    """The images at `places` (B,): x (B, 3, H, W) in [0, 1] and y (B,)."""
+    places = places.to(images.x.device)
+    return pixels(images.x[places]), images.y[places]
+
+
+def refilled(model, attack, images, places, key, *, epsilon, step_size, steps, batch_size):
+    """`attack`, pgd or cw, on the images at `places` (N,), in a batch whose slots are refilled: an image leaves it once
+    it is misclassified or has had all its steps, so that none is paid for in vain.
+
+    A round is one step of `attack` on the batch; its own forward says who is misclassified. Each image gets what
+    attack(model, x, y, start, steps=steps) makes of it, but for the rounding of networks whose logits depend on the
+    rest of the batch. Yields, as images leave, their places (B,), x_adv (B, 3, H, W) and logits (B, C).
+    """
+    logits = None
+
+    def watched(x_adv):
+        nonlocal logits
+        found = model(x_adv)  # (B, C)
+        logits = found.detach()
+        return found
+
+    waiting, batch, taken = places, places[:0], places[:0]  # `taken`: how many steps each of the batch has had
+    x_adv, _ = chosen(images, batch)
+    ended, ended_x_adv = batch, x_adv  # after their last step, still to be judged
+    while len(waiting) or len(batch):
+        free = batch_size - len(batch)
+        fresh, waiting = waiting[:free], waiting[free:]
+        batch, taken = torch.cat([batch, fresh]), torch.cat([taken, torch.zeros_like(fresh)])
+        x, y = chosen(images, batch)
+        x_adv = torch.cat([x_adv, starts(x[len(x_adv) :], fresh, epsilon, key)])
+        x_adv = attack(watched, x, y, x_adv, epsilon=epsilon, step_size=step_size, steps=1)
+        fooled = (logits.argmax(1) != y).cpu()  # the round's one wait for the device
+        if fooled.any():
+            yield batch[fooled], x_adv[fooled], logits[fooled]
+        taken += 1
+        last, further = ~fooled & (taken == steps), ~fooled & (taken < steps)
+        ended, ended_x_adv = torch.cat([ended, batch[last]]), torch.cat([ended_x_adv, x_adv[last]])
+        batch, taken, x_adv = batch[further], taken[further], x_adv[further]
+        if len(ended) >= batch_size or (len(ended) and not len(waiting) + len(batch)):
+            with torch.no_grad():
+                logits = model(ended_x_adv)
+            yield ended, ended_x_adv, logits
+            ended, ended_x_adv = ended[:0], ended_x_adv[:0]
+
+
+def attacked(model, name, images, places, *, epsilon, step_size, batch_size, seed):
+    """Attack `name` on the images at `places` (N,). Yields, as images are done with, their places (B,), their checked
+    x_adv (B, 3, H, W) and its logits (B, C)."""
+    budget = {"epsilon": epsilon, "step_size": step_size}
+    if iterated(name):
+        attack, steps = iterated(name)
+        rounds = refilled(model, attack, images, places, (seed, name), **budget, steps=steps, batch_size=batch_size)
+        for done, x_adv, logits in rounds:
+            yield done, checked(name, chosen(images, done)[0], x_adv, epsilon), logits
+        return
+    for batch in places.split(batch_size) if len(places) else ():
+        x, y = chosen(images, batch)
+        x_adv = attack_batch(model, name, x, y, batch, **budget, seed=seed)
+        with torch.no_grad():
+            logits = model(x_adv)
+        yield batch, x_adv, logits
+
+
 def begin(attacked):
     """An attack on the images `attacked`, (N,) bool, before its first batch, as `robust` carries it on."""
-    return {"attacked": attacked.clone(), "stands": attacked.clone(), "batches": 0, "seconds": 0.0}
+    return {
+        "attacked": attacked.clone(),
+        "stands": attacked.clone(),
+        "done": torch.zeros_like(attacked),
+        "seconds": 0.0,
+    }
 
 
 def robust(model, images, name, *, epsilon, step_size, batch_size, seed, found=None, keep=lambda: None):
     """Which images are still classified as their label under attack `name`: (N,) bool, on the CPU.
 
-    In eval mode, batch by batch. `found` is where to begin and is carried on, `keep()` is called after each batch: an
-    evaluation that ends between two of them continues from its `found` to the same result. Raises UserError where a
+    In eval mode. `found` is where to begin and is carried on, `keep()` is called whenever images are done with: an
+    evaluation that ends at any moment continues from what `found` then was to the same result. Raises UserError where a
     logit is not finite.
     """
     found = found or begin(torch.ones(len(images.y), dtype=torch.bool))
-    attacked = found["attacked"].nonzero().squeeze(1)
-    batches = attacked.split(batch_size) if len(attacked) else ()
-    total, done = len(attacked), sum(len(places) for places in batches[: found["batches"]])
+    places = (found["attacked"] & ~found["done"]).nonzero().squeeze(1)
+    total, done = int(found["attacked"].sum()), int(found["done"].sum())
+    budget = {"epsilon": epsilon, "step_size": step_size, "batch_size": batch_size, "seed": seed}
     with eval_mode(model), tqdm(total=total, initial=done, desc=name, unit="img", disable=None, leave=False) as bar:
-        for places in batches[found["batches"] :]:
-            began = time.perf_counter()
-            chosen = places.to(images.x.device)
-            x, y = pixels(images.x[chosen]), images.y[chosen]
-            x_adv = attack_batch(model, name, x, y, places, epsilon=epsilon, step_size=step_size, seed=seed)
-            with torch.no_grad():
-                logits = model(x_adv)
+        began = time.perf_counter()
+        for batch, _, logits in attacked(model, name, images, places, **budget):
             if not logits.isfinite().all():
                 raise UserError("the network's logits are not finite: its weights are damaged")
-            found["stands"][places] = (logits.argmax(1) == y).cpu()
-            found["batches"] += 1
+            found["stands"][batch] = (logits.argmax(1) == images.y[batch.to(images.y.device)]).cpu()
+            found["done"][batch] = True
             found["seconds"] += time.perf_counter() - began
             keep()
-            bar.update(len(places))
+            bar.update(len(batch))
+            began = time.perf_counter()
     return found["stands"]
 
 
@@ -236,29 +320,33 @@ class Progress:
 
     def __init__(self, path, identity, resume):
         self.path, self.identity, self.attacks, self.kept = path, identity, {}, True
+        self.due = 0  # when to write next
         if not path.exists():
             return
         if not resume:
             raise UserError(f"{path} is of an interrupted evaluation: continue it with --resume, or delete it")
         content = checkpoints.load(path)
-        if not isinstance(content, dict) or not content.keys() >= {"identity", "attacks"}:
+        if not isinstance(content, dict) or not content.keys() >= {"identity", "known"}:
             raise UserError(f"{path} is not of an interrupted evaluation: delete or rename it")
         differing = [name for name, value in identity.items() if content["identity"].get(name) != value]
         if differing:
             raise UserError(f"{path} is of an evaluation with another {', another '.join(differing)}: delete it first")
-        self.attacks = content["attacks"]
+        self.attacks = content["known"]
 
     def of(self, key, attacked):
         """Where the attack `key` on the images `attacked` (N,) bool is to begin."""
         return self.attacks.setdefault(key, begin(attacked))
 
     def keep(self):
+        if time.monotonic() < self.due:
+            return
         try:
-            checkpoints.save(self.path, {"identity": self.identity, "attacks": self.attacks})
+            checkpoints.save(self.path, {"identity": self.identity, "known": self.attacks})
         except (UserError, OSError):
             if self.kept:
                 print(f"note: {self.path} cannot be written, so an interrupted evaluation starts anew", file=sys.stderr)
             self.kept = False
+        self.due = time.monotonic() + SAVE_EVERY
 
     def end(self):
         self.path.unlink(missing_ok=True)
@@ -275,8 +363,8 @@ def run_attack(model, images, name, progress, role, **budget):
         found = progress.of(key, stands)
         stands = robust(model, images, stage, **budget, found=found, keep=progress.keep)
         settings = dict(SETTINGS.get(stage, {}))
-        if stage.startswith("pgd"):
-            settings = {"steps": int(stage.removeprefix("pgd")), "restarts": 1}
+        if iterated(stage):
+            settings |= {"steps": iterated(stage)[1], "restarts": 1}
         if "targets" in settings:
             settings["targets"] = min(TARGETS, len(images.classes) - 1)
         count = {"attacked": int(found["attacked"].sum()), "correct": int(stands.sum())}
@@ -286,7 +374,7 @@ def run_attack(model, images, name, progress, role, **budget):
     row = {"network": role, "attack": name, **share(stands), "seconds": sum(stage["seconds"] for stage in stages)}
     if name != "clean":
         row["epsilon"] = budget["epsilon"]
-    if name == "cw" or name.startswith("pgd"):
+    if iterated(name):
         row["step_size"] = budget["step_size"]
     row |= {"stages": stages} if name in AUTO_ATTACK else settings
     return stands, row

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import mutant, mutant_module
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,6 +16,7 @@ import checkpoints
 import evaluate
 import train_dynat
 from attacks import uniform_start
+from benchmarks import evaluation
 from cli import UserError
 from data import Images, generator, load_images, subset
 from models import build_model
@@ -99,17 +100,17 @@ def test_an_attack_that_moves_fooled_images_on_is_rejected(attack, model, images
 
 
 def begun(module, model, images, monkeypatch, name="pgd1", batch_size=40, seed=0):
-    """The starts from which `robust` attacks, and its result."""
+    """The starts from which `robust` attacks, in pgd1 or in a first batch of all images, and its result."""
     seen = []
 
     def attack(model, x, y, start, **budget):
         seen.append(start)
-        return start
+        return PGD(model, x, y, start, **budget)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "pgd", attack)
         stands = module.robust(model, images, name, **BUDGET, batch_size=batch_size, seed=seed)
-    return torch.cat(seen), stands
+    return torch.cat(seen)[: len(images.y)], stands
 
 
 def check_starts(module, model, images, monkeypatch):
@@ -136,17 +137,118 @@ def test_starts_depend_on_seed_attack_and_image_alone(model, images, monkeypatch
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("generator(x.device, *key, place)", "generator(x.device, *key, place % 7)"),
-        ("generator(x.device, *key, place)", "generator(x.device, *key[:1], place)"),
-        ("generator(x.device, *key, place)", "generator(x.device, *key[1:], place)"),
-        ("generator(x.device, *key, place)", "None"),
-        ("uniform_start(image, epsilon,", "uniform_start(image, epsilon / 2,"),
-        ("places.tolist(), strict=True", "range(len(places)), strict=True"),
+        ("generator(x.device, *key, block)", "generator(x.device, *key)"),
+        ("generator(x.device, *key, block)", "generator(x.device, *key[:1], block)"),
+        ("generator(x.device, *key, block)", "generator(x.device, *key[1:], block)"),
+        ("generator(x.device, *key, block)", "None"),
+        ("uniform_start(whole, epsilon,", "uniform_start(whole, epsilon / 2,"),
+        ("places[members] % BLOCK", "torch.arange(int(members.sum()))"),
+        ("starts(x[len(x_adv) :], fresh,", "starts(x[len(x_adv) :], fresh - fresh[0],"),
     ],
 )
 def test_starts_that_depend_on_anything_else_are_rejected(old, new, model, images, monkeypatch):
     with pytest.raises(AssertionError):
         check_starts(mutant_module(evaluate, (old, new)), model, images, monkeypatch)
+
+
+class Alone(nn.Module):
+    """The network on one image after the other, so that no logit depends on the rest of the batch. `seen` records each
+    forward: its number of images, and whether a gradient can follow."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.seen = model, []
+
+    def forward(self, x):
+        self.seen.append((len(x), x.requires_grad))
+        return torch.cat([self.model(image) for image in x.split(1)])
+
+
+REFILLED = {"epsilon": 8 / 255, "step_size": 1 / 255}
+
+
+@pytest.fixture(scope="module")
+def alone(run):
+    model = build_model("cnn", 10)
+    model.load_state_dict(checkpoints.load(run / "last.pt")["guide"])
+    return Alone(model.eval())
+
+
+@pytest.fixture(scope="module")
+def plain(alone, images):
+    """What the plain call makes of the whole set: its steps, x_adv, and how many steps fool each image, if any do."""
+    x, y, places, made = evaluate.pixels(images.x), images.y, torch.arange(40), {}
+    for name, attack, steps in (("pgd1", evaluate.pgd, 1), ("pgd4", evaluate.pgd, 4), ("cw", evaluate.cw, 3)):
+        start = evaluate.starts(x, places, REFILLED["epsilon"], (0, name))
+        iterates = [attack(alone, x, y, start, **REFILLED, steps=step) for step in range(steps + 1)]
+        standing = [evaluate.correct(alone, x_adv, y) for x_adv in iterates]
+        made[name] = steps, iterates[-1], torch.stack(standing[:-1]).sum(0)
+    assert {0, 1, 4} <= set(made["pgd4"][2].tolist()), "images that are fooled at once, later, and never"
+    return made
+
+
+def check_refilled(module, alone, images, plain, monkeypatch):
+    """Whatever the batch size and the images attacked: x_adv, logits and flags of the plain call, every image once. No
+    forward for an image that does not need it; the batches are full as long as any image waits."""
+    monkeypatch.setitem(module.SETTINGS["cw"], "steps", plain["cw"][0])
+
+    @given(st.sampled_from(sorted(plain)), st.sampled_from((1, 2, 5, 8, 15, 39, 41)), st.sets(st.integers(0, 39)))
+    @settings(max_examples=30, phases=[Phase.generate])  # mutants fail here by design: no time is spent on shrinking
+    def for_any_batch(name, batch_size, left_out):
+        steps, x_adv, needed = plain[name]
+        attacked = torch.tensor([place not in left_out for place in range(40)])
+        budget = {**REFILLED, "batch_size": batch_size, "seed": 0}
+        alone.seen.clear()
+        found = list(module.attacked(alone, name, images, attacked.nonzero().squeeze(1), **budget))
+        moved = [size for size, differentiable in alone.seen if differentiable]
+        judged = [size for size, differentiable in alone.seen if not differentiable]
+        assert sum(moved) == int((needed + 1).clamp(max=steps)[attacked].sum()), "another number of steps"
+        assert sum(judged) == int((needed == steps)[attacked].sum()), "another number of last forwards"
+        assert moved == sorted(moved, reverse=True), "a slot stayed empty while images waited"
+        assert moved[:1] == [min(batch_size, int(attacked.sum()))][: len(moved)]
+        assert all(size >= batch_size for size in judged[:-1])
+        assert (
+            sorted(place for places, *_ in found for place in places.tolist()) == attacked.nonzero().flatten().tolist()
+        )
+        for places, made, logits in found:
+            assert torch.equal(made, x_adv[places]), "another image"
+            assert torch.equal(logits, alone(made)), "logits of something else"
+
+    for_any_batch()
+    for name, (_, x_adv, _) in plain.items():
+        attacked = torch.arange(40) % 3 > 0
+        budget = {**REFILLED, "batch_size": 7, "seed": 0, "found": module.begin(attacked)}
+        stands = module.robust(alone, images, name, **budget)
+        assert torch.equal(stands, evaluate.correct(alone, x_adv, images.y) & attacked)
+
+
+def test_the_refilled_attack_is_the_plain_one_and_wastes_no_forward(alone, images, plain, monkeypatch):
+    check_refilled(evaluate, alone, images, plain, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("taken[further], x_adv[further]", "taken[: len(batch[further])], x_adv[further]"),
+        ("torch.zeros_like(fresh)", "torch.ones_like(fresh)"),
+        ("taken[further], x_adv[further]", "taken[further], x_adv[: len(batch[further])]"),
+        ("starts(x[len(x_adv) :], fresh,", "starts(x[len(x_adv) :], fresh + 1,"),
+        ("starts(x[len(x_adv) :], fresh,", "starts(x[len(x_adv) :], torch.arange(len(fresh)),"),
+        ("~fooled & (taken < steps)", "taken < steps"),
+        ("~fooled & (taken == steps)", "taken == steps"),
+        ("~fooled & (taken < steps)", "~fooled & (taken <= steps)"),
+        ("step_size=step_size, steps=1)", "step_size=step_size, steps=2)"),
+        ("free = batch_size - len(batch)", "free = 0 if len(batch) else batch_size"),
+        ("free = batch_size - len(batch)", "free = batch_size"),
+        ("if len(ended) >= batch_size or (", "if len(ended) or ("),
+        ("    ended, ended_x_adv = ended[:0], ended_x_adv[:0]\n", "    ended = ended\n"),
+        ("yield batch[fooled], x_adv[fooled], logits[fooled]", "pass"),
+        ("x_adv[fooled], logits[fooled]", "x_adv[fooled], logits[: len(batch[fooled])]"),
+    ],
+)
+def test_a_refilled_attack_that_differs_or_wastes_is_rejected(old, new, alone, images, plain, monkeypatch):
+    with pytest.raises((AssertionError, IndexError, UserError)):
+        check_refilled(mutant_module(evaluate, (old, new)), alone, images, plain, monkeypatch)
 
 
 def check_wilson(wilson):
@@ -457,25 +559,29 @@ def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(st
 AA = ("--attacks", "clean,pgd2,apgd,aa", "--images", 40, "--batch-size", 8)
 
 
+def fingerprints(x):
+    return [image.numpy().tobytes() for image in x]
+
+
 def interruptible(module, monkeypatch, after=None):
-    """Replaces AutoAttack by a quick attack that depends on its seed; every call, of this and of PGD, is recorded.
-    Ctrl-C comes at the call number `after`."""
+    """Replaces AutoAttack by a quick attack that depends on its seed; every call, of this and of a step of PGD, is
+    recorded: its name and its images, in AutoAttack with the seed. Ctrl-C comes at the call number `after`."""
     calls = []
 
     def attack(model, stage, x, y, *, epsilon, seed):
-        note(stage, seed, y)
+        note(stage, x, seed)
         start = uniform_start(x, epsilon, generator("cpu", seed))
         step_size = epsilon * {"apgd-ce": 0.1, "apgd-t": 0.5, "fab-t": 1, "square": 0}[stage]
         return module.cw(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=1)
 
     def pgd(model, x, y, start, **budget):
-        note("pgd", float(start.sum()), y)
+        note("pgd", x)
         return PGD(model, x, y, start, **budget)
 
-    def note(*call):
+    def note(name, x, *seed):
         if len(calls) == after:
             raise KeyboardInterrupt
-        calls.append(str(call))
+        calls.append((name, fingerprints(x), *seed))
 
     monkeypatch.setattr(module, "auto_attack", attack)
     monkeypatch.setattr(module, "pgd", pgd)
@@ -492,57 +598,95 @@ def timeless(file):
     return report
 
 
-def check_resume(module, run, folder, monkeypatch, capsys):
-    """An evaluation cut short at any batch and resumed makes each attack once, and ends in the same report."""
-    pgd = module.pgd
+def check_resume(module, run, images, folder, monkeypatch, capsys):
+    """An evaluation cut short at any round and resumed attacks what is not done, and ends in the same report."""
+    monkeypatch.setattr(module, "SAVE_EVERY", 0)
     file, network = folder / "whole.json", [str(run / "last.pt"), "--network", "guide", *map(str, AA)]
     with monkeypatch.context() as patch:
         expected_calls = interruptible(module, patch)
         assert module.main([*network, "--json", str(file)]) == 0
     expected = timeless(file)
-    assert module.pgd is pgd and len(expected_calls) > 6
     assert [row["attack"] for row in expected["results"]] == ["clean", "pgd2", "apgd", "aa"]
-    file = folder / "cut.json"
+    everything = fingerprints(evaluate.pixels(images.x))
     for after in (0, 4, len(expected_calls) - 1):
+        file = folder / "cut.json"
         file.unlink(missing_ok=True)
         with monkeypatch.context() as patch:
             calls = interruptible(module, patch, after)
             assert module.main([*network, "--json", str(file)]) == 130 and not file.exists()
-        if after:  # the same bytes are another network under another name
-            assert checkpoints.load(folder / "cut.json.progress")["identity"]["target"] == "cnn"
+            assert len(calls) == after
         with monkeypatch.context() as patch:
-            calls += interruptible(module, patch, 0)
+            interruptible(module, patch, 0)
             capsys.readouterr()
             assert module.main([*network, "--json", str(file)]) == 2
             assert "continue it with --resume" in capsys.readouterr().err
             assert module.main([*network, "--json", str(file), "--resume", "--seed", "3"]) == 2
             assert "with another seed, another test images: delete it first" in capsys.readouterr().err
+        kept = checkpoints.load(folder / "cut.json.progress")
+        # The same bytes are another network under another name.
+        assert kept["identity"]["target"] == "cnn" and kept["identity"]["seed"] == 0
+        begun = [known["done"] for key, known in kept["known"].items() if "pgd2" in key]
+        done = begun[0] if begun else torch.zeros(40, dtype=torch.bool)
+        assert (after < 4) == (not done.any()) and (after > 4) == bool(done.all())
         with monkeypatch.context() as patch:
             more = interruptible(module, patch)
             assert module.main([*network, "--json", str(file), "--resume"]) == 0
-        assert calls + more == expected_calls, "an attack was repeated, left out or made otherwise"
+        stages = [call for call in calls + more if call[0] != "pgd"]
+        assert stages == [call for call in expected_calls if call[0] != "pgd"], "repeated, left out or made otherwise"
+        again = {image for name, attacked, *_ in more if name == "pgd" for image in attacked}
+        assert again == {image for image, so in zip(everything, done.tolist(), strict=True) if not so}
         assert timeless(file) == expected
         assert sorted(entry.name for entry in folder.iterdir()) == ["cut.json", "whole.json"], "litter"
 
 
-def test_an_interrupted_evaluation_resumes_to_the_same_figures(run, tmp_path, monkeypatch, capsys):
-    check_resume(evaluate, run, tmp_path, monkeypatch, capsys)
+def test_an_interrupted_evaluation_resumes_to_the_same_figures(run, images, tmp_path, monkeypatch, capsys):
+    check_resume(evaluate, run, images, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("in batches[found", "in batches[0 * found"),
+        ('(found["attacked"] & ~found["done"]).nonzero()', 'found["attacked"].nonzero()'),
+        ('found["done"][batch] = True', 'found["done"][:] = True'),
         ("            keep()\n", ""),
-        ('self.attacks = content["attacks"]', "pass"),
+        ('self.attacks = content["known"]', "pass"),
         ("int(places[0]))", "time.perf_counter())"),
         ("    progress.end()\n", ""),
         ("if not resume:", "if False:"),
     ],
 )
-def test_a_resume_that_forgets_or_repeats_is_rejected(old, new, run, tmp_path, monkeypatch, capsys):
+def test_a_resume_that_forgets_or_repeats_is_rejected(old, new, run, images, tmp_path, monkeypatch, capsys):
     with pytest.raises(AssertionError):
-        check_resume(mutant_module(evaluate, (old, new)), run, tmp_path, monkeypatch, capsys)
+        check_resume(mutant_module(evaluate, (old, new)), run, images, tmp_path, monkeypatch, capsys)
+
+
+def check_saved_in_time(module, folder, monkeypatch):
+    """The progress is written at once and then every SAVE_EVERY seconds, not at each call: it waits for the disk."""
+    now, written = [100.0], []
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(checkpoints, "save", lambda *_: written.append(now[0]))
+    progress = module.Progress(folder / "progress", {}, resume=False)
+    for _ in range(100):
+        progress.keep()
+        now[0] += module.SAVE_EVERY / 4
+    assert written == [100.0 + module.SAVE_EVERY * save for save in range(25)]
+
+
+def test_progress_is_saved_every_few_seconds(tmp_path, monkeypatch):
+    check_saved_in_time(evaluate, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("if time.monotonic() < self.due:", "if False:"),
+        ("self.due = 0", "self.due = time.monotonic() + SAVE_EVERY"),
+        ("self.due = time.monotonic() + SAVE_EVERY", "self.due = math.inf"),
+    ],
+)
+def test_progress_that_is_saved_at_another_time_is_rejected(old, new, tmp_path, monkeypatch):
+    with pytest.raises(AssertionError):
+        check_saved_in_time(mutant_module(evaluate, (old, new)), tmp_path, monkeypatch)
 
 
 def test_auto_attack_attacks_what_still_stands_and_shares_its_stages(run, tmp_path, monkeypatch, capsys):
@@ -581,7 +725,7 @@ def check_nobody_left(module, model, images):
             stands = module.robust(model, images, stage, **BUDGET, batch_size=20, seed=0, found=found)
         except IndexError:
             raise AssertionError("an empty batch was attacked") from None
-        assert not stands.any() and found["batches"] == 0
+        assert not stands.any() and not found["done"].any()
 
 
 def test_a_stage_of_auto_attack_can_have_nothing_left_to_attack(model, images):
@@ -788,3 +932,26 @@ def test_the_averaged_weights_are_attacked_where_they_are_asked_for(tmp_path, ca
     capsys.readouterr()
     assert evaluate.main([str(tmp_path / "b" / "last.pt"), "--weights", "ema"]) == 2
     assert "--ema" in capsys.readouterr().err
+
+
+def timed(run, folder, *flags):
+    file = folder / "timed.json"
+    argv = [run / "last.pt", "--network", "guide", "--images", 40, "--batch-size", 16, "--repeats", 2, "--json", file]
+    status = evaluation.main([str(argument) for argument in (*argv, *flags)])
+    return status, json.loads(file.read_text()) if file.exists() else None
+
+
+def test_the_benchmark_counts_what_the_evaluation_counts(run, images, tmp_path, model):
+    status, report = timed(run, tmp_path, "--attacks", "pgd2,cw")
+    assert status == 0 and report["images"] == 40 and report["device"] and report["torch"]
+    assert [row["attack"] for row in report["results"]] == ["pgd2", "cw"]
+    for row in report["results"]:
+        stands = evaluate.robust(model, images, row["attack"], **BUDGET, batch_size=40, seed=0)
+        assert row["plain"]["correct"] == row["evaluate"]["correct"] == int(stands.sum()) and row["differing"] == 0
+        assert all(len(row[way]["repeats"]) == 2 and min(row[way]["repeats"]) > 0 for way in ("plain", "evaluate"))
+
+
+def test_a_benchmark_of_two_different_attacks_is_rejected(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "refilled", lambda model, images, *_: torch.zeros(len(images.y), dtype=torch.bool))
+    assert timed(run, tmp_path, "--attacks", "pgd1") == (2, None)
+    assert "images are judged differently" in capsys.readouterr().err
