@@ -326,6 +326,22 @@ def test_a_stopped_run_is_checked_before_it_is_saved(tmp_path, capsys):
     assert "epoch 1" in line and not (tmp_path / "a" / "last.pt").exists()
 
 
+# repeating
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_drawn_on_the_cpu_does_not_depend_on_the_device():
+    """The initial weights, the subset and the order of the images; not the crops, flips and starts."""
+    settings, _ = train_dynat.resolve({"dataset": "tiny", "train_images": 50, "val_images": 20})
+    found = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        networks, _ = train_dynat.prepare_networks(settings, 10, device)
+        images = train_dynat.prepare_images(settings, device)
+        order = torch.cat([y for _, y, _ in data.train_batches(images["train"], 20, seed=1, epoch=1)])
+        found.append([value.cpu() for value in (*networks["guide"].parameters(), images["train"].x, order)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # several processes
 
 
