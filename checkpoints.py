@@ -43,12 +43,16 @@ def load(path):
         raise UserError(f"{path} is a folder: name a checkpoint in it, such as {path / 'last.pt'}")
     if not path.exists():
         raise UserError(f"there is no file {path}")
+    if not path.is_file():  # a pipe or a device might never end
+        raise UserError(f"{path} is no file")
     with open(path, "rb") as file:
         beginning = file.read(512).lstrip().lower()
     if not beginning:
         raise UserError(f"{path} is empty")
     if beginning.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
+    if beginning.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a git-lfs pointer, not a checkpoint: fetch the file itself with git lfs pull")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: the reader gets one line, below

@@ -179,6 +179,8 @@ def folder(data_dir, split):
         labels += [label] * len(found)
     stamp = hashlib.sha256()
     for file in files:
+        if not file.is_file():  # a folder, a link to nothing, or a pipe, which might never end
+            raise UserError(f"{file} is no file: mend or remove it")
         status = file.stat()
         stamp.update(repr((file.parent.name, file.name, status.st_size, status.st_mtime_ns)).encode())
     cache = Path(data_dir) / ".decoded" / f"{split}.pt"
