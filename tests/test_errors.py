@@ -2,19 +2,23 @@
 what is wrong, status 2, no traceback, nothing overwritten and no litter."""
 
 import hashlib
+import inspect
+import io
+import json
 import os
 import pickle
 import shlex
 import shutil
+import sys
 import warnings
+import zipfile
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from cases import mutant, mutant_module
+from cases import mutant
 from PIL import Image
 from torch import nn
 from torchvision import datasets
@@ -22,11 +26,13 @@ from torchvision import datasets
 import checkpoints
 import cli
 import data
+import engine
 import evaluate
 import figures
 import train_dynat
 
 SHORT = "--dataset tiny --train-images 40 --epochs 1 --steps 1 --device cpu"
+DECODED = ("photos/.decoded", "photos/.decoded/train.pt", "photos/.decoded/test.pt")  # kept for the next start
 CUTS = (0.001, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999)  # shares of a file that was not copied to its end
 
 
@@ -65,11 +71,13 @@ def cut(share, path="run/last.pt"):
 
 
 def flip(path):
-    """One bit is another one, in the middle of the file."""
+    """One bit of one weight is another one."""
 
     def spoil(_):
         content = bytearray(Path(path).read_bytes())
-        content[len(content) // 2] ^= 16
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+            content[content.index(archive.read(largest)) + largest.file_size // 2] ^= 16
         Path(path).write_bytes(content)
 
     return spoil
@@ -143,9 +151,8 @@ def photos(*spoils, classes=("cat", "dog"), splits=("train", "test")):
     def spoil(patch):
         for split in splits:
             for name in classes:
-                Path("photos", split, name).mkdir(parents=True)
                 for number in range(2):
-                    Image.new("RGB", (32, 32), (90 * number, 0, 0)).save(f"photos/{split}/{name}/{number}.png")
+                    image(f"photos/{split}/{name}/{number}.png")(patch)
         for further in spoils:
             further(patch)
 
@@ -168,6 +175,14 @@ def trained_on_photos(*spoils):
 
 def remove(path):
     return lambda _: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def image(path):
+    def spoil(_):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(path)
+
+    return spoil
 
 
 def rename(old, new):
@@ -214,6 +229,12 @@ RESUME = "--resume --out run --epochs 2 --device cpu"
 BARE = "run/weights.pt --target cnn --dataset tiny --device cpu"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1\n"
 HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
+REPORT = json.dumps(
+    {
+        "trained": {"settings": {"method": "dynat", "target": "cnn"}},
+        "results": [{"network": "target", "name": "cnn", "attack": "cw", "n": 9, "accuracy": 1, "interval": [0, 1]}],
+    }
+).encode()
 
 TRAIN = {
     # flags and choices
@@ -287,31 +308,40 @@ TRAIN = {
     "no such folder": case(FOLDER, "there is no folder photos/train: --data-dir must hold train/<class>/"),
     "a file for a folder": case(FOLDER, "there is no folder photos/train", spoil=file("photos", b"a list")),
     "no training images": case(FOLDER, "there is no folder photos/train", spoil=photos(splits=["test"])),
-    "no test images": case(FOLDER, "there is no folder photos/test", spoil=photos(splits=["train"])),
+    "no test images": case(FOLDER, "there is no folder photos/test", spoil=photos(splits=["train"]), leaves=DECODED),
     "no classes": case(FOLDER, "photos/train holds 0 class folders", spoil=folder("photos/train")),
     "one class": case(FOLDER, "photos/train holds 1 class folders", spoil=photos(classes=["cat"])),
     "an empty class": case(FOLDER, "photos/train/emu holds no images", spoil=photos(folder("photos/train/emu"))),
     "a class that is not tested": case(
-        FOLDER, "3 classes, but these images have 2", spoil=photos(file("photos/train/emu/0.png", png_of(8, 8))),
+        FOLDER,
+        "3 classes, but these images have 2",
+        spoil=photos(image("photos/train/emu/0.png")),
+        leaves=DECODED,
     ),
     "classes of other names in the test": case(
-        FOLDER, "'dog' there is 'emu' here", spoil=photos(rename("photos/test/dog", "photos/test/emu"))
+        FOLDER, "'dog' there is 'emu' here", spoil=photos(rename("photos/test/dog", "photos/test/emu")), leaves=DECODED
     ),
     "a text called .png": case(
         FOLDER, "photos/train/cat/z.png cannot be read as an image", spoil=photos(file("photos/train/cat/z.png", b"no"))
     ),
     "an image of no bytes": case(
-        FOLDER, "photos/test/dog/z.jpg cannot be read as an image", spoil=photos(file("photos/test/dog/z.jpg")),
-        leaves=("photos/.decoded",),
+        FOLDER,
+        "photos/test/dog/z.jpg cannot be read as an image",
+        spoil=photos(file("photos/test/dog/z.jpg")),
+        leaves=DECODED,
     ),
     "half a photo": case(FOLDER, "z.jpg cannot be read as an image", "mend or remove it", spoil=photos(jpeg(0.5))),
     "a photo's header": case(FOLDER, "z.jpg cannot be read as an image", spoil=photos(jpeg(0.01))),
     "an image that claims a terabyte": case(
-        FOLDER, "z.png cannot be read as an image", "decompression bomb",
+        FOLDER,
+        "z.png cannot be read as an image",
+        "decompression bomb",
         spoil=photos(file("photos/train/cat/z.png", png_of(600_000, 600_000))),
     ),
     "an image that claims 100 megapixels": case(
-        FOLDER, "z.png cannot be read as an image", spoil=photos(file("photos/train/cat/z.png", png_of(10_000, 10_000))),
+        FOLDER,
+        "z.png cannot be read as an image",
+        spoil=photos(file("photos/train/cat/z.png", png_of(10_000, 10_000))),
     ),
     "a folder called .png": case(FOLDER, "z.png", "no file", spoil=photos(folder("photos/train/cat/z.png"))),
     "a link to nothing": case(
@@ -324,11 +354,16 @@ TRAIN = {
         "--dataset cifar10", "cifar10 is not in 'data'", "no route to host", "cifar-10-python.tar.gz", spoil=offline
     ),
     "a damaged CIFAR, offline": case(
-        "--dataset cifar100 --data-dir c", "cifar100 is not in 'c'", "no route to host", "cifar-100-python.tar.gz",
+        "--dataset cifar100 --data-dir c",
+        "cifar100 is not in 'c'",
+        "no route to host",
+        "cifar-100-python.tar.gz",
         spoil=lambda patch: (offline(patch), file("c/cifar-100-python/train", b"\x80\x02")(patch)),
     ),
     "an error without words": case(
-        "--dataset cifar10", "cifar10 is not in 'data'", "EOFError",
+        "--dataset cifar10",
+        "cifar10 is not in 'data'",
+        "EOFError",
         spoil=raising(datasets.cifar, "download_and_extract_archive", EOFError()),
     ),
     # the run's folder
@@ -338,13 +373,19 @@ TRAIN = {
     "a folder under a file": case(f"{SHORT} --out run/log.jsonl/a", "run/log.jsonl/a", "Not a directory", "--out"),
     "a folder where none can be made": case(f"{SHORT} --out /proc/a/b", "/proc/a", "--out"),
     "a folder in one that is read-only": case(
-        f"{SHORT} --out a/b", "a", "Permission denied", "--out",
+        f"{SHORT} --out a/b",
+        "a",
+        "Permission denied",
+        "--out",
         spoil=raising(Path, "mkdir", PermissionError(13, "Permission denied", "a/b")),
     ),
     "a name that is too long": case(f"{SHORT} --out {'a' * 300}", "File name too long"),
     "a run resumed in a file": case(f"{SHORT} --resume --out run/log.jsonl", "run/log.jsonl", "--out"),
     "somebody's configuration": case(
-        f"{SHORT} --resume --out mine", "mine/config.json", "--out", spoil=file("mine/config.json", b'{"model": "bert"}')
+        f"{SHORT} --resume --out mine",
+        "mine/config.json",
+        "--out",
+        spoil=file("mine/config.json", b'{"model": "bert"}'),
     ),
     "somebody's weights": case(
         f"{SHORT} --resume --out mine", "mine/weights.pt", "--out", spoil=file("mine/weights.pt", b"precious")
@@ -356,7 +397,9 @@ TRAIN = {
     "another beta": case(f"{RESUME} --beta 2", "the run in run has beta 1.0, not 2.0", "leave that flag out"),
     "another method": case(f"{RESUME} --method trades", "the run in run has method dynat, not trades"),
     "fewer epochs": case(
-        f"{RESUME} --epochs 1", "the run in run is beyond epoch 1", "more --epochs",
+        f"{RESUME} --epochs 1",
+        "the run in run is beyond epoch 1",
+        "more --epochs",
         spoil=changed(lambda content: content.update(epoch=2, log=2 * content["log"])),
     ),
     "an empty checkpoint": case(RESUME, "run/last.pt is empty", spoil=file("run/last.pt")),
@@ -366,48 +409,72 @@ TRAIN = {
         f"{share:.1%} of a checkpoint": case(RESUME, "run/last.pt is no checkpoint", "truncated", spoil=cut(share))
         for share in CUTS
     },
-    "a checkpoint with a flipped bit": case(RESUME, "run/last.pt is no checkpoint", spoil=flip("run/last.pt")),
+    "a flipped bit": case(RESUME, "run/last.pt is damaged", "checksum", spoil=flip("run/last.pt")),
     "bare weights": case(
-        RESUME, "run/last.pt is not a run's checkpoint",
+        RESUME,
+        "run/last.pt is not a run's checkpoint",
         spoil=lambda _: shutil.copy("run/weights.pt", "run/last.pt"),
     ),
     "an evaluation": case(
-        RESUME, "run/last.pt is not a run's checkpoint",
+        RESUME,
+        "run/last.pt is not a run's checkpoint",
         spoil=saved("run/last.pt", lambda: {"identity": {}, "attacks": {}}),
     ),
     "a list": case(RESUME, "run/last.pt is not a run's checkpoint", spoil=saved("run/last.pt", lambda: [1, 2])),
     "a checkpoint that runs code": case(
-        RESUME, "run/last.pt holds more than tensors", "refused",
+        RESUME,
+        "run/last.pt holds more than tensors",
+        "refused",
         spoil=changed(lambda content: {**content, "log": Bomb()}),
     ),
     "a pickle that runs code": case(
         RESUME, "run/last.pt holds more than tensors", "refused", spoil=file("run/last.pt", pickle.dumps(Bomb()))
     ),
-    "no guide": case(RESUME, "run/last.pt", "guide", spoil=without("guide")),
+    "no guide": case(RESUME, "the checkpoint has no guide", spoil=without("guide")),
     "no optimizer": case(RESUME, "run/last.pt is not a run's checkpoint", spoil=without("optimizer")),
-    "an optimizer without groups": case(RESUME, "run/last.pt", "optimizer", spoil=without("optimizer", "param_groups")),
+    "an optimizer without groups": case(
+        RESUME, "the checkpoint's optimizer is of other networks", spoil=without("optimizer", "param_groups")
+    ),
     "an optimizer of another network": case(
-        RESUME, "run/last.pt", "optimizer", "momentum", spoil=put("optimizer", "state", 0, "momentum_buffer", torch.ones(3))
+        RESUME,
+        "the checkpoint's optimizer is of other networks",
+        "momentum",
+        spoil=put("optimizer", "state", 0, "momentum_buffer", torch.ones(3)),
     ),
     "an optimizer of fewer weights": case(
-        RESUME, "run/last.pt", "optimizer",
+        RESUME,
+        "the checkpoint's optimizer is of other networks",
         spoil=changed(lambda content: content["optimizer"]["param_groups"][0]["params"].pop() and None),
     ),
     "weights of another shape": case(
-        RESUME, "target is of another network", "linear.weight (3, 64) instead of (10, 64)",
+        RESUME,
+        "target is of another network",
+        "linear.weight (3, 64) instead of (10, 64)",
         spoil=put("target", "linear.weight", torch.ones(3, 64)),
     ),
     "weights that are numbers": case(RESUME, "target", "linear.bias", spoil=put("target", "linear.bias", 3)),
-    "weights that are a list": case(RESUME, "run/last.pt", "guide", spoil=put("guide", [1])),
+    "weights that are a list": case(RESUME, "the checkpoint has no guide", spoil=put("guide", [1])),
     "a log that is a number": case(RESUME, "run/last.pt is not a run's checkpoint", "log", spoil=put("log", 3)),
-    "a log of another length": case(RESUME, "run/last.pt is not a run's checkpoint", "log", spoil=put("log", [])),
+    "a log of numbers": case(RESUME, "run/last.pt is not a run's checkpoint", "log", spoil=put("log", [3])),
+    "sums that are numbers": case(
+        RESUME, "run/last.pt is not a run's checkpoint", "totals", spoil=put("totals", {"loss": 3.0})
+    ),
+    "an optimizer's state that is a number": case(
+        RESUME, "the checkpoint's optimizer is of other networks", spoil=put("optimizer", "state", 0, 3)
+    ),
     "an epoch in words": case(RESUME, "run/last.pt is not a run's checkpoint", "epoch", spoil=put("epoch", "one")),
-    "settings that are a list": case(RESUME, "run/last.pt is not a run's checkpoint", "settings", spoil=put("settings", [])),
+    "settings that are a list": case(
+        RESUME, "run/last.pt is not a run's checkpoint", "settings", spoil=put("settings", [])
+    ),
     "a setting less": case(RESUME, "run/last.pt", "beta", spoil=without("settings", "beta")),
     "a learning rate in words": case(RESUME, "run/last.pt", "lr", spoil=put("settings", "lr", "fast")),
-    "a setting of a network that is none": case(RESUME, "run/last.pt", "vgg", spoil=put("settings", "target", "vgg")),
+    "a setting of a network that is none": case(
+        RESUME, "unknown network 'vgg'", spoil=put("settings", "target", "vgg")
+    ),
     "a method that is none": case(RESUME, "run/last.pt", "dynamo", spoil=put("settings", "method", "dynamo")),
-    "classes of other names": case(RESUME, "'class9' here", spoil=put("classes", [f"class{n}" for n in range(9)] + ["x"])),
+    "classes of other names": case(
+        RESUME, "'class9' here", spoil=put("classes", [f"class{n}" for n in range(9)] + ["x"])
+    ),
     "another class count": case(RESUME, "9 classes, but these images have 10", spoil=put("classes", list("abcdefghi"))),
     "a target that is not finite": case(
         RESUME, "the loss is not finite in update 1 of epoch 2", spoil=poisoned("target", float("nan"))
@@ -419,11 +486,12 @@ TRAIN = {
         "--resume --out own --epochs 2", "there is no folder photos/train", spoil=trained_on_photos(remove("photos"))
     ),
     "images of another class": case(
-        "--resume --out own --epochs 2", "'dog' there is 'emu' here",
+        "--resume --out own --epochs 2",
+        "'dog' there is 'emu' here",
         spoil=trained_on_photos(*(rename(f"photos/{split}/dog", f"photos/{split}/emu") for split in ("train", "test"))),
-        leaves=("photos/.decoded", "photos/.decoded/train.pt", "photos/.decoded/test.pt"),
+        leaves=DECODED,
     ),
-}  # fmt: skip
+}
 
 EVALUATE = {
     # the checkpoint
@@ -431,15 +499,21 @@ EVALUATE = {
     "no name": case("''", "is a folder"),
     "a folder": case("run", "run is a folder: name a checkpoint in it, such as run/last.pt"),
     "an empty file": case("a.pt", "a.pt is empty", spoil=file("a.pt")),
-    "a web page": case("a.pt", "a.pt is a web page, not a checkpoint: download the file itself", spoil=file("a.pt", HTML)),
+    "a web page": case(
+        "a.pt", "a.pt is a web page, not a checkpoint: download the file itself", spoil=file("a.pt", HTML)
+    ),
     "a pointer of git-lfs": case("a.pt", "a.pt is a git-lfs pointer", "git lfs pull", spoil=file("a.pt", LFS)),
     "a device file": case("/dev/zero", "/dev/zero is no file"),
     "a pipe": case("pipe", "pipe is no file", spoil=lambda _: os.mkfifo("pipe")),
     "a log": case("run/log.jsonl", "run/log.jsonl is no checkpoint"),
     "noise": case("a.pt", "a.pt is no checkpoint", spoil=file("a.pt", bytes(n * n % 251 for n in range(9999)))),
-    "another zip archive": case("a.zip", "a.zip is no checkpoint", spoil=lambda _: shutil.make_archive("a", "zip", "run")),
+    "another zip archive": case(
+        "a.zip", "a.zip is no checkpoint", spoil=lambda _: shutil.make_archive("a", "zip", "run")
+    ),
     **{
-        f"{share:.1%} of a checkpoint": case("run/last.pt", "run/last.pt is no checkpoint", "truncated", spoil=cut(share))
+        f"{share:.1%} of a checkpoint": case(
+            "run/last.pt", "run/last.pt is no checkpoint", "truncated", spoil=cut(share)
+        )
         for share in CUTS
     },
     **{
@@ -448,19 +522,22 @@ EVALUATE = {
         )
         for share in CUTS[::3]
     },
-    "a flipped bit": case("run/last.pt", "run/last.pt is no checkpoint", spoil=flip("run/last.pt")),
+    "a flipped bit": case("run/last.pt", "run/last.pt is damaged", "checksum", spoil=flip("run/last.pt")),
     "a pickle that runs code": case("a.pt", "could run code: refused", spoil=file("a.pt", pickle.dumps(Bomb()))),
     "a checkpoint that runs code": case(
         "run/last.pt", "could run code: refused", spoil=changed(lambda content: {**content, "target": Bomb()})
     ),
     "an old checkpoint that runs code": case(
-        "a.pt", "could run code: refused",
+        "a.pt",
+        "could run code: refused",
         spoil=lambda _: torch.save(Bomb(), "a.pt", _use_new_zipfile_serialization=False),
     ),
     "a pickled network": case("a.pt", "could run code: refused", spoil=saved("a.pt", lambda: nn.Linear(1, 1))),
     "a list": case("a.pt --target cnn --dataset tiny", "holds no state_dict", spoil=saved("a.pt", lambda: [1])),
     "numbers": case("a.pt --target cnn --dataset tiny", "'epoch' is a int", spoil=saved("a.pt", lambda: {"epoch": 3})),
-    "a tensor": case("a.pt --target cnn --dataset tiny", "holds no state_dict", spoil=saved("a.pt", lambda: torch.ones(3))),
+    "a tensor": case(
+        "a.pt --target cnn --dataset tiny", "holds no state_dict", spoil=saved("a.pt", lambda: torch.ones(3))
+    ),
     "bare weights, unnamed": case("run/weights.pt", "holds bare weights: say --target NAME and --dataset NAME"),
     "bare weights without their network": case("run/weights.pt --dataset tiny", "say --target NAME"),
     "bare weights without their images": case("run/weights.pt --target cnn", "--dataset NAME"),
@@ -470,45 +547,56 @@ EVALUATE = {
     "bare weights of no network": case("run/weights.pt --target vgg --dataset tiny", "unknown network 'vgg'"),
     "bare weights and a guide": case(f"{BARE} --network guide", "run/weights.pt holds no guide"),
     "bare weights with one missing": case(
-        BARE, "1 missing (conv2.weight)",
+        BARE,
+        "1 missing (conv2.weight)",
         spoil=changed(lambda state: state.pop("conv2.weight") is None or None, "run/weights.pt"),
     ),
     "bare weights with one too many": case(
         BARE, "1 unexpected (more)", spoil=changed(lambda state: {**state, "more": torch.ones(1)}, "run/weights.pt")
     ),
     "bare weights of another shape": case(
-        BARE, "linear.bias (3,) instead of (10,)",
+        BARE,
+        "linear.bias (3,) instead of (10,)",
         spoil=changed(lambda state: {**state, "linear.bias": torch.ones(3)}, "run/weights.pt"),
     ),
     "bare weights of complex numbers": case(
-        BARE, "linear.bias", spoil=changed(lambda state: {**state, "linear.bias": torch.ones(10) * 1j}, "run/weights.pt"),
+        BARE,
+        "linear.bias",
+        spoil=changed(lambda state: {**state, "linear.bias": torch.ones(10) * 1j}, "run/weights.pt"),
     ),
     "bare weights of another class count": case(
-        "run/weights.pt --target cnn --dataset folder --data-dir photos", "linear.weight (10, 64) instead of (2, 64)",
-        spoil=photos(), leaves=("photos/.decoded", "photos/.decoded/test.pt"),
+        "run/weights.pt --target cnn --dataset folder --data-dir photos",
+        "linear.weight (10, 64) instead of (2, 64)",
+        spoil=photos(),
+        leaves=DECODED,
     ),
     "another target": case("run/last.pt --target wrn10-1", "the target of run/last.pt is cnn, not wrn10-1"),
     "weights that are numbers": case("run/last.pt", "target", spoil=put("target", {"conv1.weight": 3})),
     "weights that are a list": case("run/last.pt", "target", spoil=put("target", [1])),
     "settings without the network": case("run/last.pt", "run/last.pt", "target", spoil=without("settings", "target")),
-    "settings without the data set": case("run/last.pt", "run/last.pt", "dataset", spoil=without("settings", "dataset")),
+    "settings without the data set": case(
+        "run/last.pt", "run/last.pt", "dataset", spoil=without("settings", "dataset")
+    ),
     "classes that are a number": case("run/last.pt", "run/last.pt", "classes", spoil=put("classes", 10)),
-    "no epoch": case("run/last.pt", "run/last.pt", "epoch", spoil=without("epoch")),
     "weights that are not a number": case(
         "run/last.pt --attacks clean --device cpu", "not finite", "damaged", spoil=poisoned("target", float("nan"))
     ),
     "weights that are infinite": case(
         "run/last.pt --attacks pgd1 --device cpu", "not finite", "damaged", spoil=poisoned("target", float("inf"))
     ),
-    "averaged weights of a run without": case("run/last.pt --weights ema", "holds no averaged weights: train with --ema"),
+    "averaged weights of a run without": case(
+        "run/last.pt --weights ema", "holds no averaged weights: train with --ema"
+    ),
     "unknown weights": case("run/last.pt --weights best", "--weights: invalid choice: 'best'"),
     "an unknown role": case("run/last.pt --network teacher", "--network teacher: it is target, guide or target,guide"),
     "no role": case("run/last.pt --network ''", "it is target, guide or target,guide"),
     # images
     "an unknown data set": case("run/last.pt --dataset mnist", "--dataset: invalid choice: 'mnist'"),
     "images of another class count": case(
-        "run/last.pt --dataset folder --data-dir photos", "was trained on 10 classes, but these images have 2",
-        spoil=photos(), leaves=("photos/.decoded", "photos/.decoded/test.pt"),
+        "run/last.pt --dataset folder --data-dir photos",
+        "was trained on 10 classes, but these images have 2",
+        spoil=photos(),
+        leaves=DECODED,
     ),
     "images that are not there": case("run/last.pt --dataset folder --data-dir none", "there is no folder none/test"),
     "no folder of images": case("run/last.pt --dataset folder", "--dataset folder needs --data-dir"),
@@ -518,7 +606,6 @@ EVALUATE = {
     "a misspelt attack": case("run/last.pt --attacks clean,pdg20", "unknown attack 'pdg20': choose from clean"),
     "no attack": case("run/last.pt --attacks ,", "--attacks names no attack"),
     "an empty list": case("run/last.pt --attacks ''", "--attacks names no attack"),
-    "an attack twice": case("run/last.pt --attacks pgd10,clean,pgd10", "--attacks", "pgd10", "twice"),
     "an attack of no steps": case("run/last.pt --attacks pgd0", "unknown attack 'pgd0'"),
     "an attack of fewer steps": case("run/last.pt --attacks pgd-1", "unknown attack 'pgd-1'"),
     "an attack of a million steps": case("run/last.pt --attacks pgd999999", "unknown attack 'pgd999999'"),
@@ -531,12 +618,17 @@ EVALUATE = {
         "run/last.pt --protocol paper --epsilon 0.1 --images 9", "leave out --epsilon 0.1 and --images 9"
     ),
     "the paper's protocol on a folder": case(
-        "own/last.pt --protocol paper", "the first classes", spoil=trained_on_photos(),
-        leaves=("photos/.decoded", "photos/.decoded/test.pt"),
+        "own/last.pt --protocol paper",
+        "the first classes",
+        spoil=trained_on_photos(),
+        leaves=DECODED,
     ),
     "targeted attacks among two classes": case(
-        "own/last.pt --attacks aa", "aa needs at least four classes", "with 2, use apgd", spoil=trained_on_photos(),
-        leaves=("photos/.decoded", "photos/.decoded/test.pt"),
+        "own/last.pt --attacks aa",
+        "aa needs at least four classes",
+        "with 2, use apgd",
+        spoil=trained_on_photos(),
+        leaves=DECODED,
     ),
     # the rest
     "an unknown flag": case("run/last.pt --eps 8/255", "unrecognized arguments: --eps"),
@@ -549,28 +641,34 @@ EVALUATE = {
     "no folder for the figures": case("run/last.pt --json none/figures.json", "there is no folder none for --json"),
     "a folder for the figures": case("run/last.pt --json run", "--json run", ".json"),
     "a folder called .json": case("run/last.pt --json a.json", "a.json is a folder", spoil=folder("a.json")),
-    "figures over the checkpoint": case("run/last.pt --json run/last.pt --attacks clean", "--json run/last.pt", ".json"),
+    "figures over the checkpoint": case(
+        "run/last.pt --json run/last.pt --attacks clean", "--json run/last.pt", ".json"
+    ),
     "figures where none can be": case("run/last.pt --attacks clean --json /proc/a.json", "cannot write /proc/a.json"),
     "an interrupted evaluation": case(
-        "run/last.pt", "run/last.pt.progress is of an interrupted evaluation: continue it with --resume, or delete it",
+        "run/last.pt",
+        "run/last.pt.progress is of an interrupted evaluation: continue it with --resume, or delete it",
         spoil=file("run/last.pt.progress", b"precious"),
     ),
     "a damaged interrupted evaluation": case(
         "run/last.pt --resume", "run/last.pt.progress is no checkpoint", spoil=file("run/last.pt.progress", b"half")
     ),
     "a run for an evaluation": case(
-        "run/last.pt --resume", "run/last.pt.progress is not of an interrupted evaluation",
+        "run/last.pt --resume",
+        "run/last.pt.progress is not of an interrupted evaluation",
         spoil=lambda _: shutil.copy("run/last.pt", "run/last.pt.progress"),
     ),
     "an evaluation of another": case(
-        "run/last.pt --resume", "is of an evaluation with another sha256",
+        "run/last.pt --resume",
+        "is of an evaluation with another sha256",
         spoil=saved("run/last.pt.progress", lambda: {"identity": {}, "attacks": {}}),
     ),
     "an evaluation of numbers": case(
-        "run/last.pt --resume", "run/last.pt.progress is not of an interrupted evaluation",
+        "run/last.pt --resume",
+        "run/last.pt.progress is not of an interrupted evaluation",
         spoil=saved("run/last.pt.progress", lambda: {"identity": 1, "attacks": 2}),
     ),
-}  # fmt: skip
+}
 
 FIGURES = {
     "nothing": case("", "the following arguments are required: FIGURE"),
@@ -585,11 +683,20 @@ FIGURES = {
     "half a log": case("clean run --out a.png", "run/log.jsonl is not whole JSON", spoil=cut(0.5, "run/log.jsonl")),
     "a log of numbers": case("clean run --out a.png", "run/log.jsonl", "epoch", spoil=file("run/log.jsonl", b"1\n2\n")),
     "a log of words": case(
-        "clean run --out a.png", "run/log.jsonl", "test_acc", spoil=file("run/log.jsonl", b'{"epoch": 1, "test_acc": "x"}')
+        "clean run --out a.png",
+        "run/log.jsonl",
+        "test_acc",
+        spoil=file("run/log.jsonl", b'{"epoch": 1, "test_acc": "x"}'),
     ),
-    "a log of bytes": case("clean run --out a.png", "run/log.jsonl is not whole", spoil=file("run/log.jsonl", b"\xff\xfe")),
-    "a config of a list": case("clean run --out a.png", "config.json has no 'settings'", spoil=file("run/config.json", b"[]")),
-    "a config of numbers": case("clean run --out a.png", "config.json", spoil=file("run/config.json", b'{"settings": 3}')),
+    "a log of bytes": case(
+        "clean run --out a.png", "run/log.jsonl is not whole", spoil=file("run/log.jsonl", b"\xff\xfe")
+    ),
+    "a config of a list": case(
+        "clean run --out a.png", "config.json has no 'settings'", spoil=file("run/config.json", b"[]")
+    ),
+    "a config of numbers": case(
+        "clean run --out a.png", "config.json", spoil=file("run/config.json", b'{"settings": 3}')
+    ),
     "nothing held out": case("overfitting run --out a.png", "has no val_pgd", "--val-images"),
     "one name for two": case("clean run run/../run --labels a --out a.png", "--labels gives 1 names to 2 files"),
     "two of one name": case("clean run run/../run --labels a a --out a.png", "2 of them are called 'a'"),
@@ -598,13 +705,12 @@ FIGURES = {
     "an evaluation of nothing": case("table a.json", "a.json has no 'trained'", spoil=file("a.json", b"{}")),
     "an evaluation of a list": case("table a.json", "a.json has no 'trained'", spoil=file("a.json", b"[]")),
     "a table over its source": case(
-        "table a.json --out a.json", "a.json", spoil=file("a.json", b'{"trained": {"settings": {"method": "dynat", "target": '
-        b'"cnn"}}, "results": [{"network": "target", "name": "cnn", "attack": "clean", "n": 9, "accuracy": 1, "interval": [0, 1]}]}'),
+        "table a.json --out a.json", "--out a.json would overwrite what it is made of", spoil=file("a.json", REPORT)
     ),
     "images of no checkpoint": case("images none.pt --out a.png", "there is no file none.pt"),
     "images of two": case("images run/last.pt --images 2 --out a.png", "--images: 2 is out of range"),
     "images under no attack": case("images run/last.pt --attack aa --out a.png", "unknown attack 'aa'"),
-}  # fmt: skip
+}
 
 COMMANDS = {train_dynat: TRAIN, evaluate: EVALUATE, figures: FIGURES}
 
@@ -662,3 +768,81 @@ def check(main, case, here, patch, capfd):
 )
 def test_a_mistake_ends_in_one_line_with_status_2_and_overwrites_nothing(module, name, here, monkeypatch, capfd):
     check(module.main, COMMANDS[module][name], here, monkeypatch, capfd)
+
+
+FAULTS = {
+    "two lines": ("a name of two lines", "print(", 'print("error:", file=sys.stderr), print('),
+    "a name that breaks the line": ("a name of two lines", "c if c.isprintable()", "c if True"),
+    "another status": ("a name of two lines", 'f"error: {error}", 2', 'f"error: {error}", 1'),
+    "no status": ("a name of two lines", "return status", "return 0"),
+    "a traceback": ("a name of two lines", "if heard:", 'if __import__("traceback").print_exc() is None:'),
+    "no word of what is wrong": ("a name of two lines", 'f"error: {error}"', '"error: something is wrong"'),
+    "no word of the memory": (
+        "a network that no memory holds",
+        "except (MemoryError, RuntimeError)",
+        "except MemoryError",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_command_that_ends_otherwise_is_rejected(fault, here, monkeypatch, capfd):
+    name, *replacement = FAULTS[fault]
+    main = mutant(cli.command, tuple(replacement))(inspect.unwrap(train_dynat.main))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(main, TRAIN[name], here, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("module", [train_dynat, evaluate])
+@pytest.mark.parametrize("name", ["a checkpoint that runs code", "a pickle that runs code"])
+def test_a_loader_that_runs_code_is_rejected(name, module, here, monkeypatch, capfd):
+    unsafe = mutant(checkpoints.load, ("weights_only=True", "weights_only=False"))
+    monkeypatch.setattr(checkpoints, "load", unsafe)
+    with pytest.raises((AssertionError, TypeError)):
+        check(module.main, COMMANDS[module][name], here, monkeypatch, capfd)
+    assert Path("ran").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "function", "old", "new"),
+    [
+        ("a flipped bit", checkpoints, "load", "if damaged:", "if False:"),
+        ("weights that are numbers", checkpoints, "load_weights", "own.keys() & state_dict.keys()", "()"),
+        ("an image that claims a terabyte", data, "_decode", "except Exception", "except OSError"),
+        ("an image that claims 100 megapixels", data, "_decode", 'simplefilter("ignore")', 'simplefilter("always")'),
+        ("a folder called .png", data, "folder", "if not file.is_file():", "if False:"),
+        ("a file in use", engine, "claimed", "if out.exists() and not resuming:", "if False:"),
+        ("somebody's configuration", engine, "claimed", "check_unused(out)", "pass"),
+        ("somebody's weights", engine, "check_unused", '"weights.pt"', '"weights"'),
+        ("all images held out", engine, "_remove_empty", "folder.rmdir()", "pass"),
+        ("a loss that is not finite", engine, "check_finite", "raise UserError(", "print("),
+        ("an optimizer of another network", engine, "restore", "own.get(", "False and own.get("),
+        ("a setting less", train_dynat, "resume", 'check_settings(own, out / "last.pt")', "pass"),
+        ("figures over the checkpoint", evaluate, "json_file", 'path.suffix != ".json"', "False"),
+    ],
+)
+def test_a_mistake_that_goes_unseen_is_rejected(name, module, function, old, new, here, monkeypatch, capfd):
+    monkeypatch.setattr(module, function, mutant(getattr(module, function), (old, new)))
+    command = next(command for command, cases in COMMANDS.items() if name in cases)
+    with pytest.raises((AssertionError, KeyError, AttributeError, RuntimeError, Image.DecompressionBombError)):
+        check(command.main, COMMANDS[command][name], here, monkeypatch, capfd)
+
+
+def check_ascii(command, monkeypatch):
+    """A terminal that knows no Greek gets the table all the same."""
+    Path("a.json").write_bytes(REPORT)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert command(inspect.unwrap(figures.main))(["table", "a.json"]) == 0
+    terminal.flush()
+    assert b"\\u03b5" in terminal.buffer.getvalue()
+
+
+def test_what_the_terminal_cannot_show_does_not_end_a_command(here, monkeypatch):
+    check_ascii(cli.command, monkeypatch)
+
+
+def test_a_command_that_ends_at_a_letter_is_rejected(here, monkeypatch):
+    broken = mutant(cli.command, ('sys.stdout.reconfigure(errors="backslashreplace")', "pass"))
+    with pytest.raises(UnicodeEncodeError):
+        check_ascii(broken, monkeypatch)
