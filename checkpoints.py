@@ -7,16 +7,19 @@ A run's `last.pt` is a dict of tensors, numbers and strings: `target` and `guide
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from cli import UserError, written_whole
+from cli import UserError, first_line, written_whole
 
 DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 which its forward never calls
 WRAPPERS = ("state_dict", "model", "net")  # keys under which other projects keep the weights
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
+# What torch and zipfile raise where a file is cut off or no checkpoint at all.
+UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError, zipfile.BadZipFile)
 NORMALISATIONS = (("mu", "sigma"), ("mean", "std"))  # buffers of other projects' networks that normalise images
 
 
@@ -29,37 +32,54 @@ def save(path, content):
         with written_whole(path) as aside, open(aside, "wb") as file:  # given a name, torch would store it in the file
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot write {path}: {first_line(error)}") from None
 
 
 def load(path):
     """What `save` or another project's `torch.save` put into `path`, on the CPU.
 
     Only tensors, numbers, strings and containers are read: a file that would run code is refused. Raises UserError for
-    it, and for a file that is missing, truncated or no checkpoint.
+    it, and for a file that is missing, truncated, damaged or no checkpoint.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a checkpoint in it, such as {path / 'last.pt'}")
     if not path.exists():
         raise UserError(f"there is no file {path}")
+    if not path.is_file():  # a pipe or a device might never end
+        raise UserError(f"{path} is no file")
     with open(path, "rb") as file:
         beginning = file.read(512).lstrip().lower()
     if not beginning:
         raise UserError(f"{path} is empty")
     if beginning.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
+    if beginning.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a git-lfs pointer, not a checkpoint: fetch the file itself with git lfs pull")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: the reader gets one line, below
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+                    written = any(entry.CRC for entry in archive.infolist())  # or left at 0, as torch can be told
+                    damaged = written and archive.testzip()
+                if damaged:
+                    raise UserError(f"{path} is damaged: its entry {damaged} does not match its checksum")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # A pickle begins with 0x80, alone or in a zip archive. Any other file is no code either, only unreadable.
         if beginning.startswith((b"\x80", b"pk")) and re.search("GLOBAL|Unsupported", str(error)):
             raise UserError(f"{path} holds more than tensors and numbers and could run code: refused") from None
         raise UserError(f"{path} is no checkpoint, or a damaged one") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError):
+    except UNREADABLE:
         raise UserError(f"{path} is no checkpoint, or a truncated one") from None
+
+
+def lacking(content, kinds):
+    """The names, of those in `kinds`, under which `content` holds nothing of that kind; all, if it is no dict."""
+    return [
+        name for name, kind in kinds.items() if not (isinstance(content, dict) and isinstance(content.get(name), kind))
+    ]
 
 
 def bare_state_dict(content):
@@ -119,6 +139,11 @@ def load_weights(model, state_dict, what="checkpoint"):
     """Loads `state_dict` into `model`, every key and every shape, or raises UserError with what differs and loads
     nothing."""
     own = model.state_dict()
+    if not isinstance(state_dict, dict):
+        raise UserError(f"{what} is no state_dict")
+    for key in own.keys() & state_dict.keys():
+        if not isinstance(state_dict[key], torch.Tensor) or state_dict[key].is_complex():
+            raise UserError(f"{what} is damaged: {key} is no tensor of real numbers")
     missing = [key for key in own if key not in state_dict]
     unexpected = [key for key in state_dict if key not in own]
     reshaped = [

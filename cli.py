@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import io
 import math
 import os
 import subprocess
@@ -36,23 +37,36 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def first_line(error):
+    """The first line of what a library's error says, or its name if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def command(main):
     """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C, 143
-    after SIGTERM. Of several processes the first one says the line."""
+    after SIGTERM. Of several processes the first one says the line; its memory, each one for itself."""
 
     @functools.wraps(main)
     def with_status(argv=None):
+        heard = os.environ.get("RANK", "0") == "0"  # torchrun's number of the process
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is shown in escapes
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             main(sys.argv[1:] if argv is None else argv)
             return 0
         except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
             line, status = f"error: {error}", 2
+        except (MemoryError, RuntimeError) as error:
+            full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not full and "you tried to allocate" not in str(error):  # as torch says it of the CPU's memory
+                raise
+            line, status, heard = f"error: out of memory ({first_line(error)}): try a smaller --batch-size", 2, True
         except Stopped as stop:
             line, status = f"stopped: {stop}", stop.status
         except KeyboardInterrupt as stop:
             line, status = ": ".join(["interrupted", *stop.args]), 130
-        if os.environ.get("RANK", "0") == "0":  # torchrun's number of the process
-            print(line, file=sys.stderr)
+        if heard:  # names, as of files and of weights, may hold line breaks and a terminal's commands
+            print("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
         return status
 
     return with_status
@@ -70,7 +84,8 @@ def number(text):
 
 
 def bounded(convert, low, high=math.inf):
-    """An argparse type: `convert` and then low <= value <= high."""
+    """An argparse type: `convert` and then low <= value <= high, and no whole number that the machine has not."""
+    high = min(high, sys.maxsize) if convert is int else high
 
     def parse(text):
         try:
@@ -79,7 +94,7 @@ def bounded(convert, low, high=math.inf):
             kind = "a whole number" if convert is int else "a number like 0.031 or 8/255"
             raise argparse.ArgumentTypeError(f"'{text}' is not {kind}") from None
         if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            limits = f"at least {low}" if high >= sys.maxsize and value < low else f"between {low} and {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
         return value
 
@@ -94,8 +109,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device '{name}' cannot be used here: {reason}") from None
+        raise UserError(f"device '{name}' cannot be used here: {first_line(error)}") from None
     return device
 
 

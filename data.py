@@ -6,18 +6,19 @@ All random draws come from `generator(device, seed, ...)`, so they depend on the
 
 import contextlib
 import hashlib
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import checkpoints
-from cli import UserError
+from cli import UserError, first_line
 
 DATASETS = ("cifar10", "cifar100", "folder", "tiny")
 SIDE = 32  # pixels
@@ -127,6 +128,8 @@ def check_classes(expected, found, what):
 
 def load_images(dataset, split, data_dir=None):
     """The "train" or "test" images of a data set, on the CPU. Raises UserError where they cannot be had."""
+    if dataset not in DATASETS:  # as a checkpoint may say
+        raise UserError(f"unknown data set '{dataset}': choose from {', '.join(DATASETS)}")
     if dataset == "tiny":
         return tiny(split)
     if dataset == "folder":
@@ -141,10 +144,9 @@ def cifar(dataset, split, data_dir):
         with contextlib.redirect_stdout(None):
             found = reader(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError, EOFError) as error:  # offline, an unwritable folder, a download cut short
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{dataset} is not in '{data_dir}' and could not be downloaded ({reason}): go online once, or put "
-            f"{reader.filename} there"
+            f"{dataset} is not in '{data_dir}' and could not be downloaded ({first_line(error)}): go online once, "
+            f"or put {reader.filename} there"
         ) from None
     x = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32) uint8
     return Images(x, torch.tensor(found.targets), list(found.classes))
@@ -179,6 +181,8 @@ def folder(data_dir, split):
         labels += [label] * len(found)
     stamp = hashlib.sha256()
     for file in files:
+        if not file.is_file():  # a folder, a link to nothing, or a pipe, which might never end
+            raise UserError(f"{file} is no file: mend or remove it")
         status = file.stat()
         stamp.update(repr((file.parent.name, file.name, status.st_size, status.st_mtime_ns)).encode())
     cache = Path(data_dir) / ".decoded" / f"{split}.pt"
@@ -191,13 +195,15 @@ def folder(data_dir, split):
 
 def _decode(file):
     try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
-                image = image.point(lambda grey: grey / 256).convert("L")
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            return pil_to_tensor(ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BICUBIC))
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read as an image ({error}): mend or remove it") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about size and metadata: what matters is whether there is an image
+            with Image.open(file) as image:
+                if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
+                    image = image.point(lambda grey: grey / 256).convert("L")
+                image = ImageOps.exif_transpose(image).convert("RGB")
+                return pil_to_tensor(ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BICUBIC))
+    except Exception as error:  # a damaged image makes Pillow's many readers raise anything
+        raise UserError(f"{file} cannot be read as an image ({first_line(error)}): mend or remove it") from None
 
 
 def _cached(cache, stamp):

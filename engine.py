@@ -19,7 +19,7 @@ except ImportError:  # Windows, where a folder in use is not noticed
     fcntl = None
 
 import checkpoints
-from cli import PARTIAL, UserError, pick_device, write_text
+from cli import PARTIAL, UserError, first_line, pick_device, write_text
 from losses import sum_over_processes
 
 # Several processes
@@ -182,9 +182,12 @@ def claimed(out, resuming):
     if out.exists() and not resuming:
         raise UserError(f"{out} exists already: go on with --resume, or choose another folder with --out")
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.callback(_remove_empty, made)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{out} cannot be made ({error.strerror}): choose another folder with --out") from None
         if fcntl:
             handle = os.open(out, os.O_RDONLY)
             stack.callback(os.close, handle)
@@ -196,12 +199,28 @@ def claimed(out, resuming):
                 print(f"note: the file system of {out} has no locks, so a second run in it would not be noticed")
         for unfinished in out.glob(f".*{PARTIAL}"):  # what a killed run was writing
             unfinished.unlink()
-        yield load(out / "last.pt") if (out / "last.pt").exists() else None
+        if (out / "last.pt").exists():
+            yield load(out / "last.pt")
+        else:
+            check_unused(out)
+            yield None
+
+
+def check_unused(out):
+    """Raises UserError where a run that starts in `out` would overwrite a file which is not that of a run that ended
+    before its first save."""
+    names = ["log.jsonl", "weights.pt"]
+    with suppress(FileNotFoundError):
+        if '"settings"' not in (out / "config.json").read_text(encoding="utf-8", errors="replace"):
+            names.append("config.json")
+    for name in names:
+        if (out / name).exists():
+            raise UserError(f"{out / name} is there, but no last.pt to go on from: choose another folder with --out")
 
 
 def _remove_empty(folders):
-    with suppress(OSError):
-        for folder in folders:
+    for folder in folders:
+        with suppress(OSError):
             folder.rmdir()
 
 
@@ -214,10 +233,20 @@ def state(networks, averaged, optimizer):
 
 
 def restore(former, networks, averaged, optimizer):
-    """Puts networks, average and optimizer into the state that the checkpoint `former` holds."""
+    """Puts networks, average and optimizer into the state that the checkpoint `former` holds. Raises UserError where it
+    is of others."""
+    roles = [*networks, *([] if averaged is None else ["ema"])]
+    if missing := checkpoints.lacking(former, dict.fromkeys(roles, dict)):
+        raise UserError(f"the checkpoint has no {', '.join(missing)}")
     for role, model in networks.items():
         checkpoints.load_weights(model, former[role], f"the checkpoint's {role}")
-    optimizer.load_state_dict(former["optimizer"])
+    try:
+        optimizer.load_state_dict(former["optimizer"])
+        for weight, own in optimizer.state.items():
+            if own.get("momentum_buffer") is not None and own["momentum_buffer"].shape != weight.shape:
+                raise ValueError("a momentum has another shape than its weight")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the checkpoint's optimizer is of other networks: {first_line(error)}") from None
     if averaged is not None:
         checkpoints.load_weights(averaged.module, former["ema"], "the checkpoint's average")
         averaged.n_averaged.fill_(1)  # any number but 0, at which the average would start anew
@@ -240,9 +269,14 @@ def write_log(out, log):
 def load(path):
     """The checkpoint of a run. Raises UserError where it is none."""
     former = checkpoints.load(path)
-    needed = {"target", "optimizer", "epoch", "step", "totals", "seconds", "settings", "classes", "log"}
-    if not isinstance(former, dict) or not former.keys() >= needed:
-        raise UserError(f"{path} is not a run's checkpoint")
+    kinds = {"target": dict, "optimizer": dict, "epoch": int, "step": int, "totals": dict, "seconds": float,
+             "settings": dict, "classes": list, "log": list}  # fmt: skip
+    missing = checkpoints.lacking(former, kinds)
+    if not missing:
+        parts = {"log": (former["log"], dict), "totals": (former["totals"].values(), torch.Tensor)}
+        missing = [name for name, (found, kind) in parts.items() if not all(isinstance(x, kind) for x in found)]
+    if missing:
+        raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(missing)}")
     return former
 
 

@@ -29,6 +29,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 import torch.nn.functional as F
@@ -326,7 +327,7 @@ class Progress:
         if not resume:
             raise UserError(f"{path} is of an interrupted evaluation: continue it with --resume, or delete it")
         content = checkpoints.load(path)
-        if not isinstance(content, dict) or not content.keys() >= {"identity", "known"}:
+        if checkpoints.lacking(content, {"identity": dict, "known": dict}):
             raise UserError(f"{path} is not of an interrupted evaluation: delete or rename it")
         differing = [name for name, value in identity.items() if content["identity"].get(name) != value]
         if differing:
@@ -427,6 +428,22 @@ def attack_names(text):
     return list(dict.fromkeys(names))
 
 
+def json_file(text):
+    """The path of a file that can be written at the end, after hours."""
+    path = Path(text)
+    if path.suffix != ".json":
+        raise UserError(f"--json {text}: it ends in .json")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} for --json")
+    if path.is_dir():
+        raise UserError(f"--json {text} is a folder")
+    try:
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
 def role_names(text):
     names = [name.strip() for name in text.split(",")]
     if not set(names) <= {"target", "guide"}:
@@ -461,7 +478,7 @@ def parser():
     group.add_argument("--batch-size", type=bounded(int, 1), default=256, metavar="B", help="default: 256")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     group.add_argument("--seed", type=bounded(int, 0), default=0, metavar="S", help="of starts and subset (default: 0)")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    group.add_argument("--json", type=json_file, metavar="FILE", help="write the figures there as well")
     group.add_argument("--resume", action="store_true",
                        help="continue an interrupted evaluation, to the same figures; FILE.progress beside the JSON, "
                             "else beside the checkpoint, knows how far it came")  # fmt: skip
@@ -473,6 +490,10 @@ def load_checkpoint(path, target, dataset):
     it."""
     content = checkpoints.load(path)
     if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+        missing = checkpoints.lacking(content, {"target": dict, "classes": list})
+        missing += checkpoints.lacking(content["settings"], {"target": str, "dataset": str})
+        if missing:
+            raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(missing)}")
         if target not in (None, content["settings"]["target"]):
             raise UserError(f"the target of {path} is {content['settings']['target']}, not {target}")
         return content
@@ -485,7 +506,7 @@ def load_test_images(args, content):
     """The test images to attack; their classes are those that the network was trained on, or UserError."""
     trained_on = content["settings"].get("dataset")
     dataset = args.dataset or trained_on
-    data_dir = args.data_dir or (content["settings"]["data_dir"] if dataset == trained_on else None)
+    data_dir = args.data_dir or (content["settings"].get("data_dir") if dataset == trained_on else None)
     images = load_images(dataset, "test", data_dir)
     check_classes(content["classes"] or images.classes, images.classes, f"{args.checkpoint} was trained on")
     return subset(images, args.images, args.seed) if args.images else images
@@ -494,7 +515,7 @@ def load_test_images(args, content):
 def load_network(content, role, path, num_classes):
     """The `role`, target or guide, of a checkpoint, with every weight in place, frozen and in eval mode. Raises
     UserError where it does not fit."""
-    if role not in content:
+    if role not in content or checkpoints.lacking(content["settings"], {role: str}):
         raise UserError(f"{path} holds no {role}")
     try:
         model = build_model(content["settings"][role], num_classes)
@@ -554,10 +575,9 @@ def warn(report, role, sentences):
 @command
 def main(argv):
     args = parser().parse_args(argv)
-    attacks = attack_names(args.attacks or ATTACKS + (",aa" if args.protocol == "paper" else ""))
+    usual = ATTACKS + (",aa" if args.protocol == "paper" else "")
+    attacks = attack_names(usual if args.attacks is None else args.attacks)
     roles = role_names(args.network)
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"there is no folder {args.json.parent} for --json")
     device = pick_device(args.device)
     full_float32()
     torch.backends.cudnn.deterministic = True
@@ -595,7 +615,7 @@ def main(argv):
     progress = Progress(beside.with_name(beside.name + ".progress"), identity, args.resume)
 
     if "method" in settings:
-        print(f"{settings['method']} on {settings['dataset']}, epoch {content['epoch']}: {args.checkpoint}")
+        print(f"{settings['method']} on {settings['dataset']}, epoch {content.get('epoch')}: {args.checkpoint}")
     print(f"protocol {name}: {len(images.y)} test images, step size {budget['step_size']:.5f}, seed {args.seed}")
     flags = []
     for role, model in networks.items():

@@ -131,13 +131,13 @@ def read_json(path):
         return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is not whole JSON") from None
 
 
-def field(record, name, source):
-    """record[name], or UserError: `source` is no file of the expected kind."""
-    if not isinstance(record, dict) or name not in record:
+def field(record, name, source, kind=object):
+    """record[name], or UserError where it is not there or not of this kind: `source` is no file of the expected one."""
+    if not isinstance(record, dict) or not isinstance(record.get(name), kind) or name not in record:
         raise UserError(f"{source} has no '{name}'")
     return record[name]
 
@@ -151,18 +151,22 @@ def read_run(folder):
     if not log:
         raise UserError(f"{folder} has no finished epoch yet")
     for row in log:
-        field(row, "epoch", folder / "log.jsonl")
-    return Run(folder, field(config, "settings", folder / "config.json"), log, config.get("images", {}))
+        field(row, "epoch", folder / "log.jsonl", int)
+        for name in row:
+            field(row, name, f"a row of {folder / 'log.jsonl'}", (int, float))
+    return Run(folder, field(config, "settings", folder / "config.json", dict), log, config.get("images", {}))
 
 
 def read_evaluations(path):
     """The networks in a JSON file that evaluate.py wrote. Raises UserError where it is missing, damaged or empty."""
     report = read_json(path)
-    settings = field(field(report, "trained", path), "settings", path)
+    settings = field(field(report, "trained", path), "settings", path, dict)
     networks = {}
-    for row in field(report, "results", path):
-        for name in ("network", "name", "attack", "n", "accuracy", "interval"):
-            field(row, name, f"a row of {path}")
+    for row in field(report, "results", path, list):
+        for name in ("network", "name", "attack"):
+            field(row, name, f"a row of {path}", str)
+        for name, kind in {"n": int, "accuracy": (int, float), "interval": list}.items():
+            field(row, name, f"a row of {path}", kind)
         networks.setdefault(row["network"], {})[row["attack"]] = row
     if not networks:
         raise UserError(f"{path} has no results")
@@ -556,6 +560,8 @@ def picture_file(text):
         raise UserError(f"--out {text}: it ends in {', '.join(UNDATED)}")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} for --out")
+    if path.is_dir():
+        raise UserError(f"--out {text} is a folder")
     return path
 
 
@@ -602,6 +608,8 @@ def main(argv):
     if args.kind == "table":
         evaluations = [found for source in args.sources for found in read_evaluations(source)]
         text = table(evaluations, names(evaluations, args.labels))
+        if args.out and args.out.resolve() in [source.resolve() for source in args.sources]:
+            raise UserError(f"--out {args.out} would overwrite what it is made of")
         if args.out:
             write_text(args.out, text)
         else:

@@ -351,10 +351,24 @@ def check_batches(images, batch_size):
         raise UserError(f"a batch of {smallest} images for {engine.count()} processes: choose another --batch-size")
 
 
+def check_settings(own, path):
+    """Raises UserError where the settings in the checkpoint `path` are not those that this program would train with."""
+    method = str(own.get("method"))
+    if method not in METHODS:
+        raise UserError(f"{path} is of a method called {method}, which is not among {', '.join(METHODS)}")
+    expected, _ = resolve({name: str(own.get(name)) for name in ("method", "dataset", "target", "preset")})
+    kind = lambda value: object if value is None else (int, float) if isinstance(value, (int, float)) else type(value)
+    if missing := checkpoints.lacking(own, {name: kind(value) for name, value in expected.items()}):
+        raise UserError(f"{path} has no {', '.join(missing)} that this version of the program can use")
+    for role in {"target", "guide"} & expected.keys():
+        network_name(own[role])
+
+
 def resume(former, out, typed):
     """The settings of the run in `out`; the epochs alone may be other ones, and then leave the rest of the schedule as
     it is. Raises UserError for any other typed flag that differs from the run's, and for epochs that are past."""
     own = former["settings"]
+    check_settings(own, out / "last.pt")
     for name, value in typed.items():
         if name != "epochs" and own.get(name) != value:
             raise UserError(f"the run in {out} has {name} {own.get(name)}, not {value}: to resume, leave that flag out")

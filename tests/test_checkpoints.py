@@ -131,7 +131,7 @@ def test_a_loader_that_runs_code_is_rejected(tmp_path):
         (b"\n  <html lang='en'>", "is a web page"),
         (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is a web page"),
         (b"404: Not Found", "is no checkpoint"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is no checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is a git-lfs pointer"),
         (b"\x89PNG\r\n\x1a\n" + bytes(64), "is no checkpoint"),
         (bytes(4096), "is no checkpoint"),
         (b"PK\x03\x04" + bytes(64), "is no checkpoint"),
@@ -146,6 +146,39 @@ def test_a_file_that_is_no_checkpoint_is_named_in_one_line(content, says, tmp_pa
 def test_a_folder_and_a_missing_file_are_named_in_one_line(tmp_path):
     assert "is a folder: name a checkpoint in it" in message(checkpoints.load, tmp_path)
     assert message(checkpoints.load, tmp_path / "none.pt") == f"there is no file {tmp_path / 'none.pt'}"
+
+
+def check_checksums(module, folder):
+    """One bit of a weight that is another one is noticed; checksums that were not written are not missed."""
+    path, state = folder / "weights.pt", TinyNet().state_dict()
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(state["conv2.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["conv2.weight"], state["conv2.weight"])
+    assert "does not match its checksum" in message(module.load, path)
+    former = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, path)
+    finally:
+        torch.serialization.set_crc32_options(former)
+    assert torch.equal(module.load(path)["conv2.weight"], state["conv2.weight"])
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    check_checksums(checkpoints, tmp_path)
+
+
+@pytest.mark.parametrize(("old", "new"), [("if damaged:", "if False:"), ("written and archive", "archive")])
+def test_a_loader_that_misreads_checksums_is_rejected(old, new, tmp_path):
+    with pytest.raises((AssertionError, UserError, pytest.fail.Exception)):
+        check_checksums(mutant_module(checkpoints, (old, new)), tmp_path)
+
+
+def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert message(checkpoints.load, tmp_path / "pipe") == f"{tmp_path / 'pipe'} is no file"
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -306,6 +339,14 @@ def test_a_normalisation_kept_with_the_weights_goes_in_front_of_the_network():
 def test_another_normalisation_is_rejected(old, new):
     with pytest.raises((AssertionError, UserError, RuntimeError)):
         check_normalisation(mutant_module(checkpoints, (old, new)))
+
+
+@pytest.mark.parametrize("value", [3, "a", [1.0], torch.ones(10) * 1j], ids=["int", "str", "list", "complex"])
+def test_a_weight_that_is_no_tensor_of_real_numbers_is_refused(value):
+    net = TinyNet()
+    state = {**net.state_dict(), "linear.bias": value}
+    assert "linear.bias is no tensor of real numbers" in message(checkpoints.load_weights, net, state)
+    assert message(checkpoints.load_weights, net, [state]) == "checkpoint is no state_dict"
 
 
 def test_two_entries_of_one_name_are_refused():

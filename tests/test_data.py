@@ -209,7 +209,7 @@ def test_a_second_start_decodes_nothing_and_a_changed_file_is_seen(photos, monke
 def test_a_cache_that_never_or_always_decodes_is_rejected(photos, monkeypatch, new):
     monkeypatch.setattr(data, "time", time, raising=False)
     broken = mutant(data.folder, ("(file.parent.name, file.name, status.st_size, status.st_mtime_ns)", new))
-    with pytest.raises((AssertionError, TypeError)):
+    with pytest.raises((AssertionError, UserError)):
         check_cache(broken, photos, monkeypatch)
 
 
@@ -229,6 +229,9 @@ def test_a_damaged_or_unwritable_cache_costs_only_time(photos, monkeypatch, caps
     [
         (lambda d: (d / "train" / "cat" / "a.png").write_text("no"), r"a\.png cannot be read"),
         (lambda d: (d / "train" / "cat" / "z.png").write_bytes(b""), r"z\.png cannot be read"),
+        (lambda d: (d / "train" / "cat" / "z.png").mkdir(), r"z\.png is no file"),
+        (lambda d: (d / "train" / "cat" / "z.png").symlink_to("nowhere"), r"z\.png is no file"),
+        (lambda d: os.mkfifo(d / "train" / "cat" / "z.png"), r"z\.png is no file"),
         (lambda d: (d / "train").rename(d / "Train"), "there is no folder"),
         (lambda d: [f.unlink() for f in (d / "train" / "cat").glob("*.*")], "cat holds no images"),
         (lambda d: (d / "train" / "cat").rename(d / "cat"), "1 class folders"),
@@ -238,6 +241,26 @@ def test_a_folder_that_cannot_be_used_is_named(photos, spoil, said):
     spoil(photos)
     with pytest.raises(UserError, match=said):
         load_images("folder", "train", photos)
+
+
+@given(st.sampled_from(["a.png", "b.JPG", "c.bmp", "d.webp", "e.tif", "f.gif"]), st.randoms(use_true_random=False))
+def test_a_damaged_image_is_read_or_named(tmp_path_factory, name, draws):
+    """Any bytes of it may be other ones, and its end may be missing."""
+    damaged = tmp_path_factory.mktemp("damaged") / name
+    Image.effect_noise((40, 40), 60).save(damaged)
+    content = bytearray(damaged.read_bytes())
+    for _ in range(draws.randrange(1, 8)):
+        content[draws.randrange(len(content))] = draws.randrange(256)
+    damaged.write_bytes(content[: draws.choice([len(content), draws.randrange(len(content))])])
+    try:
+        assert data._decode(damaged).shape == (3, 32, 32)
+    except UserError as error:
+        assert name in str(error) and "\n" not in str(error)
+
+
+def test_an_unknown_data_set_is_named():
+    with pytest.raises(UserError, match="unknown data set 'mnist': choose from cifar10"):
+        load_images("mnist", "train")
 
 
 def test_a_folder_data_set_needs_its_directory():
