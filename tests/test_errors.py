@@ -418,7 +418,7 @@ TRAIN = {
     "an evaluation": case(
         RESUME,
         "run/last.pt is not a run's checkpoint",
-        spoil=saved("run/last.pt", lambda: {"identity": {}, "attacks": {}}),
+        spoil=saved("run/last.pt", lambda: {"identity": {}, "known": {}}),
     ),
     "a list": case(RESUME, "run/last.pt is not a run's checkpoint", spoil=saved("run/last.pt", lambda: [1, 2])),
     "a checkpoint that runs code": case(
@@ -661,12 +661,12 @@ EVALUATE = {
     "an evaluation of another": case(
         "run/last.pt --resume",
         "is of an evaluation with another sha256",
-        spoil=saved("run/last.pt.progress", lambda: {"identity": {}, "attacks": {}}),
+        spoil=saved("run/last.pt.progress", lambda: {"identity": {}, "known": {}}),
     ),
     "an evaluation of numbers": case(
         "run/last.pt --resume",
         "run/last.pt.progress is not of an interrupted evaluation",
-        spoil=saved("run/last.pt.progress", lambda: {"identity": 1, "attacks": 2}),
+        spoil=saved("run/last.pt.progress", lambda: {"identity": 1, "known": 2}),
     ),
 }
 
