@@ -61,6 +61,7 @@ def command(main):
             if not full and "you tried to allocate" not in str(error):  # as torch says it of the CPU's memory
                 raise
             line, status, heard = f"error: out of memory ({first_line(error)}): try a smaller --batch-size", 2, True
+            line += " or, in training, --precision bf16"
         except Stopped as stop:
             line, status = f"stopped: {stop}", stop.status
         except KeyboardInterrupt as stop:

@@ -69,6 +69,13 @@ def own(total):
     return slice(total * rank() // count(), total * (rank() + 1) // count())
 
 
+def check_batches(images, batch_size):
+    """Raises UserError where an epoch has a batch, the last one, with fewer images than there are processes."""
+    smallest = images % batch_size or min(images, batch_size)
+    if smallest < count():
+        raise UserError(f"a batch of {smallest} images for {count()} processes: choose another --batch-size")
+
+
 def agree(function, turn=True):
     """`function()` on the processes whose `turn` it is, None on the others; a mistake on one of them is raised on all,
     so that none waits for another in vain."""

@@ -289,7 +289,7 @@ def train(settings, out, device, former=None):
     images = engine.one_by_one(lambda: prepare_images(settings, device))
     classes, count, epochs = images["train"].classes, len(images["train"].y), settings["epochs"]
     updates = math.ceil(count / settings["batch_size"])
-    check_batches(count, settings["batch_size"])
+    engine.check_batches(count, settings["batch_size"])
     networks, optimizer = prepare_networks(settings, len(classes), device)
     fast = {role: faster(model, settings["precision"], settings["compile"]) for role, model in networks.items()}
     averaged = None
@@ -342,13 +342,6 @@ def train(settings, out, device, former=None):
                 raise Stopped(stop.signal, f"saved {where}; to go on, add --out {out} --resume")
     write(checkpoints.save, out / "weights.pt", networks["target"].state_dict())
     return log
-
-
-def check_batches(images, batch_size):
-    """Raises UserError where an epoch has a batch, the last one, with fewer images than there are processes."""
-    smallest = images % batch_size or min(images, batch_size)
-    if smallest < engine.count():
-        raise UserError(f"a batch of {smallest} images for {engine.count()} processes: choose another --batch-size")
 
 
 def check_settings(own, path):

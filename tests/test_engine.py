@@ -345,6 +345,22 @@ def test_what_is_drawn_on_the_cpu_does_not_depend_on_the_device():
 # several processes
 
 
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(engine, "count", lambda: 4)
+    for images, batch_size in ((70, 29), (8, 4), (4, 100)):
+        engine.check_batches(images, batch_size)
+    for images, batch_size in ((70, 3), (9, 4), (3, 100)):
+        with pytest.raises(cli.UserError, match="--batch-size"):
+            engine.check_batches(images, batch_size)
+
+
+def test_of_several_processes_the_first_one_says_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--beta", "much"]) == 2 and capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert "--beta" in error_of(capsys, "--beta", "much")
+
+
 def together(folder, count, entries):
     """Starts `count` processes of several.py that train together, as torchrun does; returns them."""
     with socket.socket() as free:

@@ -9,6 +9,7 @@ import os
 import pickle
 import shlex
 import shutil
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import mutant
+from conftest import ROOT
 from PIL import Image
 from torch import nn
 from torchvision import datasets
@@ -292,7 +294,20 @@ TRAIN = {
     "a path for a name": case("--target ../run/weights.pt", "unknown network '../run/weights.pt': choose from"),
     "no name": case("--guide ''", "unknown network '': choose from"),
     "a network that no memory holds": case(SHORT, "memory", "--batch-size", spoil=no_memory),
+    "a network that no GPU holds": case(
+        SHORT,
+        "out of memory (CUDA out of memory. Tried to allocate 2 GiB.)",
+        "--batch-size",
+        spoil=raising(
+            train_dynat, "build_model", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0")
+        ),
+    ),
     # devices
+    **(
+        {}
+        if torch.cuda.is_available()
+        else {"a GPU where there is none": case(f"{SHORT} --device cuda", "device 'cuda' cannot")}
+    ),
     "an unknown device": case(f"{SHORT} --device abacus", "device 'abacus' cannot be used here"),
     "no device": case(f"{SHORT} --device ''", "device '' cannot be used here"),
     "the hundredth GPU": case(f"{SHORT} --device cuda:99", "device 'cuda:99' cannot be used here"),
@@ -644,7 +659,11 @@ EVALUATE = {
     "figures over the checkpoint": case(
         "run/last.pt --json run/last.pt --attacks clean", "--json run/last.pt", ".json"
     ),
-    "figures where none can be": case("run/last.pt --attacks clean --json /proc/a.json", "cannot write /proc/a.json"),
+    "figures where none can be": case(
+        "run/last.pt --attacks clean --json a.json",
+        "cannot write a.json: Permission denied",
+        spoil=raising(evaluate, "TemporaryFile", PermissionError(13, "Permission denied")),
+    ),
     "an interrupted evaluation": case(
         "run/last.pt",
         "run/last.pt.progress is of an interrupted evaluation: continue it with --resume, or delete it",
@@ -759,7 +778,7 @@ def check(main, case, here, patch, capfd):
     assert all(words in err for words in case.says), err
     assert [str(warning.message) for warning in warned] == [], "a warning is a second line"
     after = tree(here)
-    assert {name: after.get(name) for name in before} == before, "something was overwritten or removed"
+    assert before.items() <= after.items(), "something was overwritten or removed"
     assert after.keys() - before.keys() <= set(case.leaves), "litter"
 
 
@@ -768,6 +787,15 @@ def check(main, case, here, patch, capfd):
 )
 def test_a_mistake_ends_in_one_line_with_status_2_and_overwrites_nothing(module, name, here, monkeypatch, capfd):
     check(module.main, COMMANDS[module][name], here, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("command", ["train_dynat.py", "evaluate.py run/last.pt"])
+def test_a_mistake_at_a_shell_ends_in_one_line_with_status_2(command, here):
+    script, *argv = command.split()
+    command = [sys.executable, str(ROOT / script), *argv, "--device", "abacus"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: device 'abacus' cannot be used here: ")
 
 
 FAULTS = {
