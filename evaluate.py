@@ -428,20 +428,18 @@ def attack_names(text):
     return list(dict.fromkeys(names))
 
 
-def json_file(text):
-    """The path of a file that can be written at the end, after hours."""
-    path = Path(text)
+def check_json(path):
+    """Raises UserError unless figures can be written to `path` at the end, after hours."""
     if path.suffix != ".json":
-        raise UserError(f"--json {text}: it ends in .json")
+        raise UserError(f"--json {path}: it ends in .json")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} for --json")
     if path.is_dir():
-        raise UserError(f"--json {text} is a folder")
+        raise UserError(f"--json {path} is a folder")
     try:
         TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    return path
 
 
 def role_names(text):
@@ -478,7 +476,7 @@ def parser():
     group.add_argument("--batch-size", type=bounded(int, 1), default=256, metavar="B", help="default: 256")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     group.add_argument("--seed", type=bounded(int, 0), default=0, metavar="S", help="of starts and subset (default: 0)")
-    group.add_argument("--json", type=json_file, metavar="FILE", help="write the figures there as well")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     group.add_argument("--resume", action="store_true",
                        help="continue an interrupted evaluation, to the same figures; FILE.progress beside the JSON, "
                             "else beside the checkpoint, knows how far it came")  # fmt: skip
@@ -578,6 +576,8 @@ def main(argv):
     usual = ATTACKS + (",aa" if args.protocol == "paper" else "")
     attacks = attack_names(usual if args.attacks is None else args.attacks)
     roles = role_names(args.network)
+    if args.json:
+        check_json(args.json)
     device = pick_device(args.device)
     full_float32()
     torch.backends.cudnn.deterministic = True

@@ -279,7 +279,7 @@ def accuracy(model, images, attack, settings):
 
 
 def train(settings, out, device, former=None):
-    """Trains as `settings` say, an epoch at a time, into the folder `out`; `former` is the checkpoint to go on from.
+    """Trains as `settings` say, an epoch at a time, into the folder `out`; `former` is its checkpoint to go on from.
     Returns the log, one dict per epoch.
 
     After each epoch, and after the update in which a signal comes, `last.pt` and then `log.jsonl` are replaced, each

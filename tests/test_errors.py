@@ -846,7 +846,7 @@ def test_a_loader_that_runs_code_is_rejected(name, module, here, monkeypatch, ca
         ("a loss that is not finite", engine, "check_finite", "raise UserError(", "print("),
         ("an optimizer of another network", engine, "restore", "own.get(", "False and own.get("),
         ("a setting less", train_dynat, "resume", 'check_settings(own, out / "last.pt")', "pass"),
-        ("figures over the checkpoint", evaluate, "json_file", 'path.suffix != ".json"', "False"),
+        ("figures over the checkpoint", evaluate, "check_json", 'path.suffix != ".json"', "False"),
     ],
 )
 def test_a_mistake_that_goes_unseen_is_rejected(name, module, function, old, new, here, monkeypatch, capfd):

@@ -77,6 +77,7 @@ def short_run(monkeypatch, out, method, **typed):
     """The log of a run on 128 images of tiny: by default 3 epochs of 2 updates, to which every schedule scales."""
     monkeypatch.setattr(train_dynat, "load_images", cached_images)
     flags = {"train_images": 128, "batch_size": 64, "epochs": 3, "eval_every": 3, "deterministic": True, **typed}
+    out.mkdir()
     return train_dynat.train(settings_of(method, "tiny", **flags), out, torch.device("cpu"))
 
 
