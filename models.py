@@ -16,6 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def relu(x):
+    """max(x, 0), in the place of x: BatchNorm's output, which nobody else reads, its own backward included."""
+    return F.relu(x, inplace=True)
+
+
 class Classifier(nn.Linear):
     """w x + b, within autocast in float32 all the same: losses, and the attack's differences between logits, need more
     than the 8 significant bits of bf16."""
@@ -39,8 +44,8 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = relu(self.bn1(self.conv1(x)))
+        return relu(self.bn2(self.conv2(out)).add_(self.shortcut(x)))
 
 
 class ResNet18(nn.Module):
@@ -59,7 +64,7 @@ class ResNet18(nn.Module):
         self.linear = Classifier(512, num_classes)
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))  # (B, 64, 32, 32)
+        out = relu(self.bn1(self.conv1(x)))  # (B, 64, 32, 32)
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))  # (B, 512, 4, 4), or 8 x 8
         return self.linear(out.mean((2, 3)))  # (B, C)
 
@@ -79,9 +84,9 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False))
 
     def forward(self, x):
-        out = F.relu(self.bn1(x))
+        out = relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+        return self.conv2(relu(self.bn2(self.conv1(out)))).add_(shortcut)
 
 
 class PreActResNet18(nn.Module):
@@ -99,7 +104,7 @@ class PreActResNet18(nn.Module):
 
     def forward(self, x):
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))  # (B, 512, 4, 4)
-        return self.linear(F.relu(self.bn(out)).mean((2, 3)))  # (B, C)
+        return self.linear(relu(self.bn(out)).mean((2, 3)))  # (B, C)
 
 
 class WideBlock(nn.Module):
@@ -116,9 +121,9 @@ class WideBlock(nn.Module):
             self.convShortcut = nn.Conv2d(width_in, width, 1, stride, bias=False)
 
     def forward(self, x):
-        out = F.relu(self.bn1(x))
+        out = relu(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+        return self.conv2(relu(self.bn2(self.conv1(out)))).add_(shortcut)
 
 
 class WideStage(nn.Module):
@@ -153,7 +158,7 @@ class WideResNet(nn.Module):
 
     def forward(self, x):
         out = self.block3(self.block2(self.block1(self.conv1(x))))  # (B, 64 * widen, 8, 8)
-        return self.fc(F.relu(self.bn1(out)).mean((2, 3)))  # (B, C)
+        return self.fc(relu(self.bn1(out)).mean((2, 3)))  # (B, C)
 
 
 class CNN(nn.Module):
@@ -170,9 +175,9 @@ class CNN(nn.Module):
         self.linear = Classifier(64, num_classes)
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))  # (B, 16, 16, 16)
-        out = F.relu(self.bn2(self.conv2(out)))  # (B, 32, 8, 8)
-        out = F.relu(self.bn3(self.conv3(out)))  # (B, 64, 4, 4)
+        out = relu(self.bn1(self.conv1(x)))  # (B, 16, 16, 16)
+        out = relu(self.bn2(self.conv2(out)))  # (B, 32, 8, 8)
+        out = relu(self.bn3(self.conv3(out)))  # (B, 64, 4, 4)
         return self.linear(out.mean((2, 3)))  # (B, C)
 
 

@@ -22,6 +22,7 @@ from statistics import median
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -30,7 +31,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_dynat  # noqa: E402  (the scripts are in the folder above)
+import models  # noqa: E402  (the scripts are in the folder above)
+import train_dynat  # noqa: E402
 from benchmarks import release  # noqa: E402
 from cli import (  # noqa: E402
     Parser,
@@ -46,7 +48,6 @@ from cli import (  # noqa: E402
 from data import Images, generator, load_images, pixels, subset, train_batches  # noqa: E402
 from engine import Stop  # noqa: E402
 from evaluate import accuracy, robust  # noqa: E402
-from models import build_model  # noqa: E402
 from speed import faster, tf32  # noqa: E402
 
 CLASSES = {"cifar100": 100}
@@ -86,9 +87,9 @@ def release_epoch(settings, images, device):
     method = train_dynat.METHODS[settings["method"]]
     one_update, chosen = release.RELEASES[settings["method"]], arguments(settings)
     roles = [role for role in ("target", "guide") if role in settings]
-    networks = {role: build_model(settings[role], len(images.classes)).to(device) for role in roles}
+    networks = {role: models.build_model(settings[role], len(images.classes)).to(device) for role in roles}
     if "proxy" in signature(one_update).parameters:
-        chosen["proxy"] = build_model(settings["target"], len(images.classes)).to(device)
+        chosen["proxy"] = models.build_model(settings["target"], len(images.classes)).to(device)
     weights = [weight for model in networks.values() for weight in model.parameters()]
     hyper = {"momentum": settings["momentum"], "weight_decay": settings["weight_decay"]}
     optimizer = torch.optim.SGD(weights, lr=train_dynat.learning_rate(settings, settings["epochs"]), **hyper)
@@ -96,10 +97,14 @@ def release_epoch(settings, images, device):
     start = release.near_start if method["start"] == "near" else uniform
     batches = release.loader(images, settings["batch_size"], device)
 
+    # The releases' ResNets activate into new memory, their WRN in place.
+    activation = F.relu if settings["target"].startswith("resnet") else models.relu
+
     def run():
-        for x, y in batches:
-            x, y = x.to(device), y.to(device)
-            one_update(**networks, optimizer=optimizer, x=x, y=y, start=start(x), **chosen)
+        with mock.patch.object(models, "relu", activation):
+            for x, y in batches:
+                x, y = x.to(device), y.to(device)
+                one_update(**networks, optimizer=optimizer, x=x, y=y, start=start(x), **chosen)
 
     return run, networks
 

@@ -18,7 +18,7 @@ import train_dynat
 from cli import UserError
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.strip() for line in README.splitlines() if re.match(r"    (python|pip|pytest)\b", line)]
+COMMANDS = [line.strip() for line in README.splitlines() if re.match(r"    (python|pip|pytest|torchrun)\b", line)]
 
 
 @pytest.fixture(scope="session")
@@ -77,10 +77,12 @@ def test_another_story_is_rejected(quick_start):
 PARSERS = {"train_dynat.py": train_dynat.parser, "evaluate.py": evaluate.parser, "figures.py": figures.parser}
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python")])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith(("python", "torchrun"))])
 def test_every_command_of_the_readme_is_a_command(line):
     """Flags and names exist; what the long ones do is in the other tests, which run the same lines on small data."""
-    _, script, *argv = shlex.split(line.split("  #")[0])
+    words = shlex.split(line.split("  #")[0])
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))  # torchrun's own flags stand before it
+    script, argv = words[at], words[at + 1 :]
     parser = PARSERS[script]()
     if argv == ["--help"]:
         assert "--help" in parser.format_help()
