@@ -33,6 +33,9 @@ class Classifier(nn.Linear):
 class BasicBlock(nn.Module):
     """Post-activation residual block: relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
 
+    # Here and below, for speed.py: convolutions whose output nothing but that BatchNorm reads.
+    conv_bn = (("conv1", "bn1"), ("conv2", "bn2"), ("shortcut.0", "shortcut.1"))
+
     def __init__(self, width_in, width, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
@@ -53,6 +56,8 @@ class ResNet18(nn.Module):
     network (TRADES and MART, resnet.py); 1, 1, 2, 2 is the guide of LBGAT's and DYNAT's releases (resnetcifar.py),
     with the same keys and shapes, 3.2 times the work, and another function."""
 
+    conv_bn = (("conv1", "bn1"),)
+
     def __init__(self, num_classes, strides=(1, 2, 2, 2)):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -72,6 +77,8 @@ class ResNet18(nn.Module):
 class PreActBlock(nn.Module):
     """Pre-activation residual block; a shortcut with a convolution takes the activated input, the identity the raw
     one."""
+
+    conv_bn = (("conv1", "bn2"),)
 
     def __init__(self, width_in, width, stride):
         super().__init__()
@@ -109,6 +116,8 @@ class PreActResNet18(nn.Module):
 
 class WideBlock(nn.Module):
     """Wide residual block: where the width changes, the 1x1 shortcut takes the activated input; else the identity."""
+
+    conv_bn = (("conv1", "bn2"),)
 
     def __init__(self, width_in, width, stride):
         super().__init__()
@@ -163,6 +172,8 @@ class WideResNet(nn.Module):
 
 class CNN(nn.Module):
     """Three strided convolutions with BatchNorm: for the quick start and the tests."""
+
+    conv_bn = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(self, num_classes):
         super().__init__()

@@ -1,10 +1,11 @@
 """What makes updates faster, around the networks: a step calls them as it always does and need not know.
 
-    fast = faster(model, precision="bf16", compiled=True)
-    logits = fast(x)                                                # (B, C) float32, as model(x)
+    fast = Fast(model, bf16=True, compiled=True)
+    logits = fast(x)                               # (B, C) float32, model(x) but for rounding
 
-The attack asks for the images' gradient alone. Its network holds the weights as constants, since a compiled one would
-compute their gradients as well: half as much work again, ten times an update.
+The attack forwards one network ten times and asks for the images' gradient alone. So its network holds the weights as
+constants (a compiled one would compute their gradients as well), and in eval mode BatchNorm's scale and shift lie in
+the weights of the convolution before it.
 """
 
 import copy
@@ -29,28 +30,30 @@ def tf32(allowed):
             part.fp32_precision = precision
 
 
-def faster(model, precision, compiled):
-    """`model` itself, or where precision is "bf16" or it is to be `compiled`, a Fast one over the same weights."""
-    return Fast(model, precision == "bf16", compiled) if precision == "bf16" or compiled else model
-
-
 class Fast(nn.Module):
-    """model(x), in bf16 but for the classifier where `bf16`, through torch.compile where `compiled`.
+    """model(x), but for rounding: in bf16 but for the classifier where `bf16`, by torch.compile where `compiled`.
 
     Images (B, 3, H, W) in [0, 1] to logits (B, C) float32. Where x asks for a gradient its weights do not: that is the
-    attack. Parameters, buffers and modes are the model's own, and must stay where they are in memory.
+    attack. Parameters, buffers and modes are the model's own, and must stay where they are in memory. In eval mode the
+    weights are those of the moment in which it began.
     """
 
-    def __init__(self, model, bf16, compiled):
+    def __init__(self, model, bf16=False, compiled=False):
         super().__init__()
         self.model, self.bf16 = model, bf16
+        attacked, self.folds = folded(model)
         # Each use has a network of its own, whose mode never changes: a compiled one would be compiled anew.
-        self.uses = {"update": model, "train": frozen(model).train(), "eval": frozen(model).eval()}
+        self.uses = {"update": model, "train": frozen(model).train(), "eval": attacked}
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # of one code for all networks, uses and batch sizes of a run
             self.uses = {use: torch.compile(network, dynamic=False) for use, network in self.uses.items()}
         self.capture = compiled and next(model.parameters()).is_cuda
         self.graphs = {}  # of the attack in eval mode, by the shape of its images
+
+    def train(self, mode=True):
+        if not mode:
+            fold(self.folds)
+        return super().train(mode)
 
     def forward(self, x):
         if self.training and not x.requires_grad:
@@ -77,3 +80,28 @@ def frozen(model):
     for own, shared in zip([*twin.parameters(), *twin.buffers()], [*model.parameters(), *model.buffers()], strict=True):
         own.data = shared.data
     return twin
+
+
+def folded(model):
+    """A frozen network in eval mode without the BatchNorms that alone read a convolution's output (`conv_bn` in
+    models.py); and for `fold` each such convolution of it, with the convolution and BatchNorm of `model` behind it."""
+    twin, folds = frozen(model).eval(), []
+    for part, own in zip(list(twin.modules()), list(model.modules()), strict=True):
+        present = {name for name, _ in own.named_modules()}
+        for conv, bn in getattr(part, "conv_bn", ()):
+            if conv in present:  # some shortcuts are the identity
+                target, source = part.get_submodule(conv), own.get_submodule(conv)
+                target.weight = nn.Parameter(source.weight.detach().clone(), requires_grad=False)
+                target.bias = nn.Parameter(torch.zeros_like(source.weight[:, 0, 0, 0]), requires_grad=False)
+                folds.append((target, source, own.get_submodule(bn)))
+                part.set_submodule(bn, nn.Identity())
+    return twin, folds
+
+
+@torch.no_grad()
+def fold(folds):
+    """bn(conv(x)) = conv'(x) in eval mode, with s = bn.weight / sqrt(var + eps): w' = s w, b' = bn.bias - s mean."""
+    for target, conv, bn in folds:
+        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=target.weight)
+        torch.sub(bn.bias, scale * bn.running_mean, out=target.bias)

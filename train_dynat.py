@@ -46,7 +46,7 @@ from data import DATASETS, check_classes, generator, hold_out, load_images, subs
 from evaluate import begin, robust
 from losses import dynamic_labels, guide_loss, kl_divergence, sum_over_processes, target_loss
 from models import NAMES, build_model
-from speed import faster, tf32
+from speed import Fast, tf32
 
 
 def dynat_step(target, guide, optimizer, x, y, start, *, inner, epsilon, step_size, steps, beta, clean_forward=True):
@@ -291,7 +291,7 @@ def train(settings, out, device, former=None):
     updates = math.ceil(count / settings["batch_size"])
     engine.check_batches(count, settings["batch_size"])
     networks, optimizer = prepare_networks(settings, len(classes), device)
-    fast = {role: faster(model, settings["precision"], settings["compile"]) for role, model in networks.items()}
+    fast = {role: Fast(model, settings["precision"] == "bf16", settings["compile"]) for role, model in networks.items()}
     averaged = None
     if settings["ema"]:
         averaged = AveragedModel(

@@ -48,7 +48,7 @@ from cli import (  # noqa: E402
 from data import Images, generator, load_images, pixels, subset, train_batches  # noqa: E402
 from engine import Stop  # noqa: E402
 from evaluate import accuracy, robust  # noqa: E402
-from speed import faster, tf32  # noqa: E402
+from speed import Fast, tf32  # noqa: E402
 
 CLASSES = {"cifar100": 100}
 SWEPT = ("steps", "batch-size", "target", "guide", "method")
@@ -70,7 +70,7 @@ def our_epoch(settings, images, device):
     epoch = settings["epochs"]
     networks, optimizer = train_dynat.prepare_networks(settings, len(images.classes), device)
     optimizer.param_groups[0]["lr"] = train_dynat.learning_rate(settings, epoch)
-    fast = {role: faster(model, settings["precision"], settings["compile"]) for role, model in networks.items()}
+    fast = {role: Fast(model, settings["precision"] == "bf16", settings["compile"]) for role, model in networks.items()}
     bar, stop = tqdm(disable=True), Stop()
 
     def run():
@@ -282,7 +282,7 @@ def by_part(settings, images, device, evaluated):
     row = {f"{name}_seconds": taken / updates for name, taken in parts.items()}
 
     budget = {"epsilon": 8 / 255, "step_size": 2 / 255, "batch_size": 256, "seed": 0}
-    target = getattr(networks["target"], "model", networks["target"])  # in float32, as all evaluation
+    target = networks["target"].model  # in float32, as all evaluation
     row["evaluation"] = {
         "images": len(evaluated.y),
         "clean_seconds": seconds_of(lambda: accuracy(target, evaluated), device),

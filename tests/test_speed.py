@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -10,11 +11,12 @@ import torch.nn.functional as F
 from cases import mutant_module
 
 import data
+import models
 import speed
 import train_dynat
 from attacks import eval_mode, linf_pgd
 from models import build_model
-from speed import Fast, faster, frozen
+from speed import Fast
 from train_dynat import METHODS, main
 
 BUDGET = {"epsilon": 8 / 255, "step_size": 2 / 255}
@@ -38,11 +40,6 @@ def quick_compile(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_the_exact_path_is_the_network_itself(model):
-    assert faster(model, "fp32", False) is model and faster(model, "tf32", False) is model
-    assert isinstance(faster(model, "bf16", False), Fast)
-
-
 def test_a_fast_network_has_the_models_parameters_buffers_and_modes(model):
     fast = Fast(model, bf16=True, compiled=False)
     for mine, own in ((fast.parameters(), model.parameters()), (fast.buffers(), model.buffers())):
@@ -63,50 +60,91 @@ def test_logits_of_a_bf16_network_are_float32_with_more_than_bf16s_digits(x, nam
     assert 0 < (logits - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def check_follows(model, x, freeze):
-    """What asks for no gradient of the weights has them all the same, also after an update."""
-    twin = freeze(model).eval()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+def randomise(model):
+    """BatchNorms whose statistics and weights are not those of a new network."""
+    draws = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=draws))
+
+
+def check_follows(module, name, x):
+    """Without gradients of the weights, and with BatchNorm in the convolutions, it is the model; after updates too."""
+    model = build_model(name, 10).double()
+    randomise(model)
+    fast, x = module.Fast(model), x[:2].double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(2):
         optimizer.zero_grad()
-        F.cross_entropy(model(x), torch.arange(8)).backward()
+        F.cross_entropy(fast(x), torch.tensor([1, 2])).backward()
         optimizer.step()
-    with eval_mode(model), torch.no_grad():
-        assert torch.equal(twin(x), model(x))
-    assert not any(weight.requires_grad for weight in twin.parameters())
-    assert all(weight.requires_grad for weight in model.parameters())
+        for mode in (eval_mode, nullcontext):
+            with mode(fast):
+                attacked = x.clone().requires_grad_()
+                logits, exact = fast(attacked), copy.deepcopy(model)(x)
+                torch.testing.assert_close(logits, exact, rtol=1e-9, atol=1e-9)
+                former = [weight.grad.clone() for weight in model.parameters()]
+                logits.sum().backward()
+        assert all(torch.equal(weight.grad, grad) for weight, grad in zip(model.parameters(), former, strict=True))
+    assert not any(weight.requires_grad for use in ("train", "eval") for weight in fast.uses[use].parameters())
+    return fast
 
 
-def test_the_attacks_network_follows_the_updates(model, x):
-    check_follows(model, x, frozen)
+FOLDED = {"cnn": 3, "resnet18": 20, "preactresnet18": 8, "wrn16-2": 6}  # BatchNorms that nothing else stands before
 
 
-def test_an_attack_on_former_weights_is_rejected(model, x):
+@pytest.mark.parametrize("name", FOLDED)
+def test_the_attacks_network_is_the_model_and_follows_its_updates(name, x):
+    fast = check_follows(speed, name, x)
+    norms = lambda model: sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert norms(fast.model) - norms(fast.uses["eval"]) == FOLDED[name]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("own.data = shared.data", "own.data = shared.data.clone()"),
+        ("            fold(self.folds)\n", "            pass\n"),
+        ("(bn.running_var + bn.eps).rsqrt()", "bn.running_var.rsqrt()"),
+        ("scale * bn.running_mean", "bn.running_mean"),
+        ("copy.deepcopy(model).requires_grad_(False)", "copy.deepcopy(model)"),
+    ],
+)
+def test_another_network_under_attack_is_rejected(x, old, new):
     with pytest.raises(AssertionError):
-        check_follows(model, x, lambda model: copy.deepcopy(model).requires_grad_(False))
+        check_follows(mutant_module(speed, (old, new)), "cnn", x)
+
+
+def test_a_convolution_that_something_else_reads_is_rejected(x, monkeypatch):
+    monkeypatch.setattr(models.PreActResNet18, "conv_bn", (("conv1", "layer1.0.bn1"),), raising=False)
+    with pytest.raises(AssertionError):
+        check_follows(speed, "preactresnet18", x)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_step_makes_the_same_update_through_a_fast_network(x, method):
-    """In float32, so that nothing but the way through `Fast` is new: weights, statistics and images are equal."""
-    method, y, ends = METHODS[method], torch.arange(8), []
-    settings = {**train_dynat.PAPER, **method, "steps": 2, "epoch": 1, "burn_in": 0, "awp_start": 1}
+    """In float64: weights, statistics and images are equal but for rounding."""
+    method, x, y, ends = METHODS[method], x.double(), torch.arange(8), []
+    settings = {**train_dynat.PAPER, **method, "steps": 2, "burn_in": 0, "awp_start": 1}
     chosen = {name: settings[name] for name in train_dynat.options(method) if name != "guide"}
     parameters = train_dynat.signature(method["step"]).parameters
     if "epoch" in parameters:
         chosen["epoch"] = 1
     if "noise" in parameters:
         chosen["noise"] = lambda k: 0.01 * k * x
-    for wrap in (lambda model: model, partial(Fast, bf16=False, compiled=False)):
+    for wrap in (lambda model: model, Fast):
         networks = {}
         for role in ("target", "guide")[: 1 + ("guide" in parameters)]:
             torch.manual_seed(len(role))
-            networks[role] = build_model("cnn", 10)
+            networks[role] = build_model("cnn", 10).double()
         optimizer = torch.optim.SGD([w for model in networks.values() for w in model.parameters()], lr=0.1)
         fast = {role: wrap(model) for role, model in networks.items()}
-        x_adv, _ = method["step"](**fast, optimizer=optimizer, x=x, y=y, start=x + 0.001, **chosen)
+        for _ in range(2):
+            x_adv, _ = method["step"](**fast, optimizer=optimizer, x=x, y=y, start=x + 0.001, **chosen)
         ends.append([x_adv, *(value for model in networks.values() for value in model.state_dict().values())])
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 # compiled
@@ -202,9 +240,10 @@ def check_graphs(model, x, monkeypatch, network):
     fast = network(model, bf16=False, compiled=False)
     fast.capture = True
     attack = lambda model, x: linf_pgd(model, x, x, lambda z: z[:, 0].sum(), **BUDGET, steps=3)
-    with eval_mode(fast):
-        assert torch.equal(attack(fast, x), attack(model, x))
-        assert torch.equal(attack(fast, x[:3]), attack(model, x[:3]))  # the last, smaller batch
+    plain = Fast(model)
+    with eval_mode(fast), eval_mode(plain):
+        assert torch.equal(attack(fast, x), attack(plain, x))
+        assert torch.equal(attack(fast, x[:3]), attack(plain, x[:3]))  # the last, smaller batch
         first = fast(x.clone().requires_grad_())
         kept = first.clone()
         fast((x + 0.1).requires_grad_())
