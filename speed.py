@@ -40,26 +40,35 @@ class Fast(nn.Module):
 
     def __init__(self, model, bf16=False, compiled=False):
         super().__init__()
-        self.model, self.bf16 = model, bf16
-        attacked, self.folds = folded(model)
-        # Each use has a network of its own, whose mode never changes: a compiled one would be compiled anew.
-        self.uses = {"update": model, "train": frozen(model).train(), "eval": attacked}
-        if compiled:
-            torch._dynamo.config.recompile_limit = 64  # of one code for all networks, uses and batch sizes of a run
-            self.uses = {use: torch.compile(network, dynamic=False) for use, network in self.uses.items()}
+        self.model, self.bf16, self.compiled = model, bf16, compiled
+        self.uses, self.folds = {}, []
         self.capture = compiled and next(model.parameters()).is_cuda
         self.graphs = {}  # of the attack in eval mode, by the shape of its images
 
+    def network(self, use):
+        """For "update" the model itself; under attack, for "train" and "eval", one of its own whose mode never changes:
+        a compiled one would be compiled anew. Made when first asked for, since a guide is never attacked."""
+        if use not in self.uses:
+            network = self.model
+            if use == "train":
+                network = frozen(self.model).train()
+            elif use == "eval":
+                network, self.folds = folded(self.model)
+            if self.compiled:
+                torch._dynamo.config.recompile_limit = 64  # of one code for all networks, uses and batch sizes of a run
+                network = torch.compile(network, dynamic=False)
+            self.uses[use] = network
+        return self.uses[use]
+
     def train(self, mode=True):
         if not mode:
+            self.network("eval")
             fold(self.folds)
         return super().train(mode)
 
     def forward(self, x):
-        if self.training and not x.requires_grad:
-            return self.call("update", x)
         if self.training:
-            return self.call("train", x)
+            return self.call("train" if x.requires_grad else "update", x)
         if not (self.capture and x.requires_grad):
             return self.call("eval", x)
         if x.shape not in self.graphs:
@@ -71,7 +80,7 @@ class Fast(nn.Module):
     def call(self, use, x):
         # Without autocast's cache: a weight is used once in a forward, and a graph must not depend on it.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            return self.uses[use](x)  # (B, C)
+            return self.network(use)(x)  # (B, C)
 
 
 def frozen(model):
