@@ -259,15 +259,6 @@ def robust(model, images, name, *, epsilon, step_size, batch_size, seed, found=N
     return found["stands"]
 
 
-def accuracy(model, images, batch_size=256):
-    """The share of images classified as their label, in eval mode."""
-    hits = 0
-    with eval_mode(model), torch.no_grad():
-        for x, y in zip(images.x.split(batch_size), images.y.split(batch_size), strict=True):
-            hits += correct(model, pixels(x), y).sum()
-    return int(hits) / len(images.y)
-
-
 def wilson(hits, n):
     """The 95 % confidence interval of a share, `hits` of `n` (Wilson, 1927): (low, high)."""
     z = 1.959964

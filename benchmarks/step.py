@@ -47,7 +47,7 @@ from cli import (  # noqa: E402
 )
 from data import Images, generator, load_images, pixels, subset, train_batches  # noqa: E402
 from engine import Stop  # noqa: E402
-from evaluate import accuracy, robust  # noqa: E402
+from evaluate import robust  # noqa: E402
 from speed import Fast, tf32  # noqa: E402
 
 CLASSES = {"cifar100": 100}
@@ -285,7 +285,7 @@ def by_part(settings, images, device, evaluated):
     target = networks["target"].model  # in float32, as all evaluation
     row["evaluation"] = {
         "images": len(evaluated.y),
-        "clean_seconds": seconds_of(lambda: accuracy(target, evaluated), device),
+        "clean_seconds": seconds_of(lambda: robust(target, evaluated, "clean", **budget), device),
         "pgd20_seconds": seconds_of(lambda: robust(target, evaluated, "pgd20", **budget), device),
     }
     return row

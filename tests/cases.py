@@ -77,6 +77,12 @@ def assert_state(network, expected, tolerance, what, buffers=True):
         assert_close(state[name], expected[name], tolerance, f"{what} {name}")
 
 
+def counted_accuracy(model, images):
+    """The share of images that the network in eval mode classifies as their label, in one forward."""
+    with torch.no_grad():
+        return (model.eval()(images.x / 255).argmax(1) == images.y).double().mean().item()
+
+
 def mutant(function, *replacements):
     """`function` with pieces of its source replaced, (old, new) each found exactly once: what a test has to reject."""
     source = inspect.getsource(inspect.unwrap(function))
