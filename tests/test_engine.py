@@ -285,13 +285,13 @@ def nan_everywhere(result, target):
 
 def inf_bias(result, target):
     with torch.no_grad():
-        target.linear.bias[0] = float("inf")
+        target.model.linear.bias[0] = float("inf")
     return result
 
 
 def late_inf(result, target):
     """A weight that no loss shows."""
-    target.register_parameter("idle", torch.nn.Parameter(torch.tensor(float("inf"))))
+    target.model.register_parameter("idle", torch.nn.Parameter(torch.tensor(float("inf"))))
     return result
 
 

@@ -50,9 +50,9 @@ def watch(monkeypatch, step):
 
     @contextmanager
     def weight_perturbation(target, objective, gamma):
-        former = target.conv1.weight.clone()
+        former = target.model.conv1.weight.clone()
         with parts["weight_perturbation"](target, objective, gamma):
-            seen["perturbation"].append((target.conv1.weight - former).norm() / former.norm() / gamma)
+            seen["perturbation"].append((target.model.conv1.weight - former).norm() / former.norm() / gamma)
             yield
 
     def weights(function):
