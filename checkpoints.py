@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent, loaded safely and strictly.
 
-A run's `last.pt` is a dict of tensors, numbers and strings: `target` and `guide` (state_dicts), `optimizer`, `epoch`,
+A run's `last.pt` is a dict of tensors, numbers and strings: `target`, `guide` and `ema` (state_dicts, where there are),
+`optimizer`, `epoch` (whole ones done), `step`, `totals` and `seconds` (of the next epoch, as far as it is), `log`,
 `settings` (every resolved flag), `classes` (their names, in label order).
 """
 
