@@ -136,8 +136,10 @@ def global_gradient(optimizer, share):
 def average_statistics(networks):
     """BatchNorm normalises with each process's own statistics, as under DataParallel in the releases; its running ones
     become their mean over the processes after every update, so that all keep the same networks."""
+    if count() == 1:  # asked first: an update alone has no need to look for them
+        return
     statistics = [b for model in networks.values() for b in model.buffers() if b.is_floating_point()]
-    if count() == 1 or not statistics:
+    if not statistics:
         return
     for buffer, total in zip(statistics, sum_over_processes(*statistics), strict=True):
         buffer.copy_(total / count())

@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))  # the scripts are in the folder above
 
 from tables import page, row_name  # noqa: E402
 
+import engine  # noqa: E402
 import evaluate  # noqa: E402
 import figures  # noqa: E402
 import train_dynat  # noqa: E402
@@ -188,7 +189,7 @@ def restore(record, folder):
     if "config" in record:
         contents["config.json"] = record["config"]
     if "log" in record:
-        write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in record["log"]))
+        engine.write_log(folder, record["log"])
     contents["row.json"] = {name: record[name] for name in ("row", "train", "failed") if name in record}
     for file, content in contents.items():
         write_text(folder / file, json.dumps(content, indent=1) + "\n")
@@ -247,8 +248,9 @@ def measure(rows, run, left):
                     print(f"{row.folder.name} is not begun: {left():.0f} s are left, it takes about {needed:.0f} s "
                           f"({why})", flush=True)  # fmt: skip
                     continue
-                shutil.rmtree(row.folder, ignore_errors=True)  # what is there is of weights that are lost
-                row.folder.mkdir(parents=True)
+                if read(row.folder):  # what is there is of weights that are lost; a folder of somebody else's stays
+                    shutil.rmtree(row.folder, ignore_errors=True)
+                row.folder.mkdir(parents=True, exist_ok=True)
                 write_text(row.folder / "row.json", json.dumps({"row": row.words, "train": shlex.join(row.train)}))
             begun = True
             if not succeeds(row, row.train, run):

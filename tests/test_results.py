@@ -233,10 +233,7 @@ def test_weights_are_needed_only_until_they_are_attacked(tmp_path):
 @pytest.mark.parametrize(
     "replacements",
     [
-        [
-            ("shutil.rmtree(row.folder, ignore_errors=True)", "None"),
-            ("(parents=True)", "(parents=True, exist_ok=True)"),
-        ],
+        [("shutil.rmtree(row.folder, ignore_errors=True)", "None")],
         [("all(report.exists() for", "any(report.exists() for")],
         [("or all(report.exists() for report in row.attacks or row.auto_attacks)", "")],
     ],
@@ -244,6 +241,21 @@ def test_weights_are_needed_only_until_they_are_attacked(tmp_path):
 def test_figures_of_two_networks_in_one_row_are_rejected(tmp_path, replacements):
     with pytest.raises(AssertionError):
         check_lost_weights(mutant(cifar10.measure, *replacements), tmp_path / "runs")
+
+
+def check_foreign_folder(measure, folder):
+    """What lies in a row's folder and is no row's stays."""
+    rows, machine = some_rows(folder), Machine()
+    rows[0].folder.mkdir(parents=True)
+    (rows[0].folder / "mine.txt").write_text("precious")
+    measure(rows, machine, machine.left)
+    assert (rows[0].folder / "mine.txt").exists() and cifar10.read(rows[0].folder)["log"]
+
+
+def test_a_folder_of_somebody_elses_is_not_removed(tmp_path):
+    check_foreign_folder(cifar10.measure, tmp_path / "a")
+    with pytest.raises(AssertionError):
+        check_foreign_folder(mutant(cifar10.measure, ("if read(row.folder):", "if True:")), tmp_path / "b")
 
 
 def check_budget(folder, capsys):
@@ -280,8 +292,8 @@ def test_a_row_begins_only_where_it_fits(tmp_path, capsys):
         ("measure", "begun and needed > left()", "False"),
         (
             "measure",
-            "                    continue\n                shutil",
-            "                    break\n                shutil",
+            "                    continue\n                if read",
+            "                    break\n                if read",
         ),
         ("seconds_needed", "max(same or epochs, key=epochs.get)", "min(epochs, key=epochs.get)"),
         ("seconds_needed", "row.epochs * epochs[slowest]", "epochs[slowest]"),
