@@ -30,6 +30,31 @@ def tf32(allowed):
             part.fp32_precision = precision
 
 
+def memory_format(device: torch.device, precision: str) -> torch.memory_format:
+    """The memory layout of networks and images: channels_last, but NCHW on a GPU in "fp32".
+
+    NVIDIA's float32 convolutions without TF32 may be slower in channels_last (pytorch#44943). cuDNN works in
+    channels_last as soon as the images or the weights are, so both must have this layout.
+    """
+    full_float32 = device.type == "cuda" and precision == "fp32"
+    return torch.contiguous_format if full_float32 else torch.channels_last
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, for parameters and BatchNorm statistics; counters are copied.
+
+    `ema` is a deep copy of `model`. A decay of 0 makes them equal. Nothing is read from the device or sent to it.
+    """
+    old, new = [*ema.parameters(), *ema.buffers()], [*model.parameters(), *model.buffers()]
+    pairs = list(zip(old, new, strict=True))
+    averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
+    torch._foreach_lerp_(averages, values, 1 - decay)
+    for counter, value in pairs:
+        if not counter.is_floating_point():
+            counter.copy_(value)
+
+
 class Fast(nn.Module):
     """model(x), but for rounding: in bf16 but for the classifier where `bf16`, by torch.compile where `compiled`.
 
