@@ -1,9 +1,9 @@
-"""One L-infinity PGD loop, and what goes into it.
+"""The L-infinity PGD loop, its starting points and objectives, and the adversarial weight perturbation.
 
     S(x) = { x' : |x' - x| <= epsilon, x' in [0, 1] }                                    Eq. (1)
     x_adv <- P_S( x_adv + step_size * sign( grad objective(model(x_adv)) ) )              `steps` times
 
-The attack is a pure function: the caller draws the start, chooses the objective and the network's mode.
+The attack is a pure function: the caller draws the start, chooses the objective and sets the network's mode.
 
     start = uniform_start(x, 8 / 255, generator)
     with eval_mode(model):
@@ -13,14 +13,17 @@ The attack is a pure function: the caller draws the start, chooses the objective
 This file needs nothing but torch.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 @contextmanager
-def eval_mode(model):
-    """Eval mode inside the `with`; afterwards every submodule gets its own former flag back, also after an error."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the `with`. Afterwards, also after an error, every submodule gets back its own flag."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -30,34 +33,50 @@ def eval_mode(model):
             module.training = training
 
 
-def near_start(x, draws):
-    """x + 0.001 * N(0, 1), not clamped: where TRADES, LBGAT, MART, MAIL and DYNAT begin. `draws` is a torch.Generator
-    on the device of x, images (B, 3, H, W) in [0, 1]."""
-    return x + 0.001 * torch.randn(x.shape, generator=draws, device=x.device, dtype=x.dtype)
+def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
+    """x + 0.001 * N(0, 1), not clamped: where the attacks of TRADES, LBGAT, MART, MAIL and DYNAT begin.
+
+    x           images (B, 3, H, W) in [0, 1].
+    generator   on the device of x.
+    """
+    return x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
-def uniform_start(x, epsilon, draws):
-    """clamp( x + U(-epsilon, epsilon), 0, 1 ): where PGD begins in evaluation. `draws` is a torch.Generator on the
-    device of x, images (B, 3, H, W) in [0, 1]."""
-    uniform = torch.rand(x.shape, generator=draws, device=x.device, dtype=x.dtype)
-    return (x + epsilon * (2 * uniform - 1)).clamp(0, 1)
+def uniform_start(x: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
+    """clamp( x + U(-epsilon, epsilon), 0, 1 ): where PGD begins in evaluation.
+
+    x           images (B, 3, H, W) in [0, 1], the unit of epsilon as well.
+    generator   on the device of x.
+    """
+    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return (x + epsilon * (2 * noise - 1)).clamp(0, 1)
 
 
-def linf_pgd(model, x, start, objective, *, epsilon, step_size, steps, active=None, noise=None):
-    """x_adv <- clamp( clamp( x_adv + step_size * sign(grad), x - epsilon, x + epsilon ), 0, 1 ), `steps` times.
+def linf_pgd(
+    model: nn.Module | Callable[[Tensor], Tensor],
+    x: Tensor,
+    start: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    *,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    active: Callable[[Tensor], Tensor] | None = None,
+    noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """x_adv <- clamp( clamp( x_adv + step_size * sign(gradient), x - epsilon, x + epsilon ), 0, 1 ), `steps` times.
 
-    model      maps images to logits (B, C). Its mode is the caller's: in eval mode nothing of it changes, neither
-               buffers nor gradients nor random state.
-    x          clean images (B, 3, H, W) in [0, 1]; `start`, of the same shape, is where the attack begins. The start
-               itself is not projected (TRADES starts outside of [0, 1]); with `steps` = 0 it is returned as it is.
-    objective  logits (B, C) to a scalar to be increased, a sum over the batch so that images do not touch each other.
-    epsilon, step_size   in units of pixels in [0, 1]: 8 / 255, 2 / 255.
-    active     logits (B, C) to (B,) bool, asked before each step: which images still move. The others keep their
-    iterate. noise      k = 0 .. steps - 1 to a tensor (B, 3, H, W), added to step k before the projection.
+    model       images to logits (B, C). The caller sets its mode; in eval mode the attack changes nothing of it.
+    x           clean images (B, 3, H, W) in [0, 1].
+    start       the first x_adv, of the same shape. It is not projected; `steps` = 0 returns it.
+    objective   logits (B, C) to a scalar that the attack increases: a sum over the batch, so that no image's
+                gradient depends on another image.
+    epsilon     radius of the ball; like `step_size` in units of pixels in [0, 1], such as 8 / 255.
+    active      logits (B, C) to (B,) bool, called in each step: which images take it. None: all.
+    noise       step number 0 .. steps - 1 to a tensor (B, 3, H, W) that is added to the step before the projection.
 
-    Returns x_adv (B, 3, H, W), detached. The number of steps is fixed, images stop by mask: no branch depends on data.
-    Source: Madry et al. (2018); the order, ball then box, is that of TRADES, LBGAT, AWP and DYNAT (trades.py,
-    dynat.py).
+    Returns x_adv (B, 3, H, W), detached. Every call makes `steps` steps and reads nothing back from the device.
+    Source: Madry et al. (2018). TRADES, LBGAT, AWP and DYNAT (trades.py, dynat.py) project in the same order.
     """
     low, high = x - epsilon, x + epsilon
     x_adv = start.detach()
@@ -65,7 +84,7 @@ def linf_pgd(model, x, start, objective, *, epsilon, step_size, steps, active=No
         with torch.enable_grad():
             x_adv.requires_grad_()
             logits = model(x_adv)  # (B, C)
-            # Only the images' gradient is asked for: the weights' costs as much again.
+            # The gradient of the images alone: that of the weights would cost as much again.
             (gradient,) = torch.autograd.grad(objective(logits), x_adv)
         step = step_size * gradient.sign()
         if noise is not None:
@@ -78,12 +97,69 @@ def linf_pgd(model, x, start, objective, *, epsilon, step_size, steps, active=No
     return x_adv
 
 
-def margin(logits, labels):
-    """z_label - max_{c != label} z_c, how far each decision is from changing: positive where it is correct.
+def counting_pgd(
+    model: nn.Module, x: Tensor, start: Tensor, labels: Tensor, *, epsilon: float, step_size: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """PGD on CE(f(.), labels) that counts kappa: how many of the iterates 0 .. steps - 1 were classified as the label.
+
+    Images x, start (B, 3, H, W), labels (B,) int64; returns x_adv (B, 3, H, W) and kappa (B,) int64. kappa counts all
+    such iterates, also those after a first mistake; the last iterate is not counted. The caller sets the model's mode.
+    Source: Zhang et al. (2021), GAIRAT's attack_generator.py.
+    """
+    kappa = torch.zeros_like(labels)
+
+    def count(logits):
+        kappa.add_(logits.argmax(1) == labels)
+        return torch.ones_like(labels, dtype=torch.bool)  # every image takes every step
+
+    objective = lambda logits: F.cross_entropy(logits, labels, reduction="sum")
+    x_adv = linf_pgd(model, x, start, objective, epsilon=epsilon, step_size=step_size, steps=steps, active=count)
+    return x_adv, kappa
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """z_label - max_{c != label} z_c: positive where the label is predicted.
 
     Logits (B, C), labels (B,) int64; returns (B,). C&W's objective with kappa = 0 is `-margin(logits, y).sum()`.
     Source: Carlini and Wagner (2017); DYNAT, auto_attack_eval1.py.
     """
     label = labels.unsqueeze(1)
-    others = logits.scatter(1, label, float("-inf"))  # (B, C), the label's own logit out of the race
+    others = logits.scatter(1, label, float("-inf"))  # (B, C), without the label's own logit
     return logits.gather(1, label).squeeze(1) - others.amax(1)
+
+
+@contextmanager
+def weight_perturbation(
+    model: nn.Module, objective: Callable[[], Tensor], gamma: float, all_reduce: Callable | None = None
+) -> Iterator[None]:
+    """Adversarial weight perturbation (AWP): w_l + gamma * |w_l| * g_l / |g_l| inside the `with`, for each layer l.
+
+    model       in train mode. The weights of its convolutions and linear layers are perturbed, biases and BatchNorm
+                are not.
+    objective   no argument to a scalar, a sum over the batch. g is its gradient. It runs the model, whose BatchNorm
+                statistics are put back afterwards.
+    gamma       the size of the perturbation, relative to the norm of each weight tensor.
+    all_reduce  *tensors to the sum of each over the processes that share the batch. None: there is one process.
+
+    The optimizer steps inside the `with`, so weight decay and momentum see the perturbed weights, as in the release.
+    At the end the perturbation is subtracted. The release takes g from a copy of the network; here the network itself
+    gives it. Source: Wu et al. (2020), utils_awp.py.
+    """
+    weights = [p for name, p in model.named_parameters() if p.dim() > 1 and "weight" in name]
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    gradients = torch.autograd.grad(objective(), weights)
+    if all_reduce is not None:
+        gradients = all_reduce(*gradients)
+    with torch.no_grad():
+        for buffer, before in zip(model.buffers(), statistics, strict=True):
+            buffer.copy_(before)
+        pairs = zip(weights, gradients, strict=True)
+        perturbation = [gamma * w.norm() / (g.norm() + 1e-20) * g for w, g in pairs]  # 0 where g = 0
+        for w, v in zip(weights, perturbation, strict=True):
+            w.add_(v)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, v in zip(weights, perturbation, strict=True):
+                w.sub_(v)

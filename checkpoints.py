@@ -1,46 +1,69 @@
-"""Checkpoints that are whole or absent, loaded safely and strictly.
+"""Files of a run: saved completely or not at all, loaded safely and strictly; and the run directory.
 
-A run's `last.pt` is a dict of tensors, numbers and strings: `target`, `guide` and `ema` (state_dicts, where there are),
-`optimizer`, `epoch` (whole ones done), `step`, `totals` and `seconds` (of the next epoch, as far as it is), `log`,
-`settings` (every resolved flag), `classes` (their names, in label order).
+A run's `last.pt` is a dict of tensors, numbers and strings: `target`, `guide` and `ema` (state_dicts, where there are
+such networks), `optimizer`, `epoch` (finished epochs), `log` (a dict per epoch), `settings` (every resolved flag),
+`classes` (names in label order) and `images` (a checksum per split). `log.jsonl`, `weights.pt` and `config.json` are
+written from it after it.
 """
 
+import hashlib
+import io
+import json
+import os
 import pickle
 import re
+import sys
 import warnings
 import zipfile
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from cli import UserError, first_line, written_whole
+from cli import PARTIAL, UserError, atomic_write, first_line, write_text
+from models import build_model
 
-DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 which its forward never calls
+try:
+    import fcntl
+except ImportError:  # Windows, where a second run in the directory is not noticed
+    fcntl = None
+
+DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 that its forward never uses
 WRAPPERS = ("state_dict", "model", "net")  # keys under which other projects keep the weights
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
-# What torch and zipfile raise where a file is cut off or no checkpoint at all.
+# What torch and zipfile raise for a truncated file or one that is no checkpoint.
 UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError, zipfile.BadZipFile)
-NORMALISATIONS = (("mu", "sigma"), ("mean", "std"))  # buffers of other projects' networks that normalise images
+# Names under which other projects keep the normalisation of images: in the network, or in a layer before it.
+NORMALISATIONS = (("mu", "sigma"), ("mean", "std"))
+RUN_KINDS = {"target": dict, "optimizer": dict, "epoch": int, "settings": dict, "classes": list, "log": list,
+             "images": dict}  # fmt: skip
+OUR_PARTIAL = rf"\.(config\.json|log\.jsonl|(last|best|weights|epoch\d+)\.pt)\.\d+\{PARTIAL}"
+
+
+# Any file
 
 
 def save(path, content):
-    """`content` in the file `path`, whole or not at all: written aside, flushed to the disk, renamed.
-
-    Raises UserError where it cannot be written; what was at `path` is then still there.
-    """
+    """`content` in the file `path`, complete or not at all. Raises UserError if it cannot be written; what was at
+    `path` is then still there."""
     try:
-        with written_whole(path) as aside, open(aside, "wb") as file:  # given a name, torch would store it in the file
+        with atomic_write(path) as partial, open(partial, "wb") as file:  # a name would be stored in the file
             torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except RuntimeError as error:  # torch reports a full disk so
         raise UserError(f"cannot write {path}: {first_line(error)}") from None
 
 
 def load(path):
-    """What `save` or another project's `torch.save` put into `path`, on the CPU.
+    """What `save` or another project's `torch.save` put into `path`, on the CPU. See `load_with_sha256`."""
+    return load_with_sha256(path)[0]
 
-    Only tensors, numbers, strings and containers are read: a file that would run code is refused. Raises UserError for
-    it, and for a file that is missing, truncated, damaged or no checkpoint.
+
+def load_with_sha256(path):
+    """(what `save` or another project's `torch.save` put into `path`, on the CPU; the file's SHA-256).
+
+    Only tensors, numbers, strings and containers are read: a file that could run code is refused. Raises UserError for
+    it, and for a file that is missing, truncated, damaged or no checkpoint. The file is read once.
     """
     path = Path(path)
     if path.is_dir():
@@ -48,9 +71,9 @@ def load(path):
     if not path.exists():
         raise UserError(f"there is no file {path}")
     if not path.is_file():  # a pipe or a device might never end
-        raise UserError(f"{path} is no file")
-    with open(path, "rb") as file:
-        beginning = file.read(512).lstrip().lower()
+        raise UserError(f"{path} is not a file")
+    content = path.read_bytes()
+    beginning = content[:512].lstrip().lower()
     if not beginning:
         raise UserError(f"{path} is empty")
     if beginning.startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -60,50 +83,73 @@ def load(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: the reader gets one line, below
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
-                    written = any(entry.CRC for entry in archive.infolist())  # or left at 0, as torch can be told
-                    damaged = written and archive.testzip()
+            if zipfile.is_zipfile(io.BytesIO(content)):
+                with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch does not look at the checksums
+                    has_checksums = any(entry.CRC for entry in archive.infolist())
+                    damaged = has_checksums and archive.testzip()
                 if damaged:
                     raise UserError(f"{path} is damaged: its entry {damaged} does not match its checksum")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # A pickle begins with 0x80, alone or in a zip archive. Any other file is no code either, only unreadable.
         if beginning.startswith((b"\x80", b"pk")) and re.search("GLOBAL|Unsupported", str(error)):
             raise UserError(f"{path} holds more than tensors and numbers and could run code: refused") from None
-        raise UserError(f"{path} is no checkpoint, or a damaged one") from None
+        raise UserError(f"{path} is not a checkpoint, or a damaged one") from None
     except UNREADABLE:
-        raise UserError(f"{path} is no checkpoint, or a truncated one") from None
+        raise UserError(f"{path} is not a checkpoint, or a truncated one") from None
+    _check_tensors(found, path)
+    return found, hashlib.sha256(content).hexdigest()
 
 
-def lacking(content, kinds):
-    """The names, of those in `kinds`, under which `content` holds nothing of that kind; all, if it is no dict."""
+def _check_tensors(content, path):
+    """Raises UserError if a tensor inside is not a plain one of real numbers in memory."""
+    if isinstance(content, torch.Tensor):
+        plain = content.layout == torch.strided and content.device.type == "cpu"
+        if not plain or content.is_quantized or content.is_complex():
+            raise UserError(f"{path} holds a tensor that is sparse, quantised, complex or without content")
+    elif isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            _check_tensors(value, path)
+
+
+def missing_keys(content, kinds):
+    """The names in `kinds` under which `content` holds nothing of that kind; all of them if it is not a dict."""
+    if not isinstance(content, dict):
+        return list(kinds)
+    is_bool = lambda name: isinstance(content.get(name), bool)  # which Python counts among the int
     return [
-        name for name, kind in kinds.items() if not (isinstance(content, dict) and isinstance(content.get(name), kind))
+        name
+        for name, kind in kinds.items()
+        if not isinstance(content.get(name), kind) or (is_bool(name) and kind not in (bool, object))
     ]
 
 
-def bare_state_dict(content):
-    """The state_dict inside `content` with this project's keys: wrappers, prefixes and dead entries taken off.
+# Networks
 
-    Raises UserError where there is none, or where two entries get the same key.
+
+def bare_state_dict(content):
+    """The state_dict inside `content` with this project's keys: without wrappers, prefixes and dead entries.
+
+    Raises UserError if there is none, or if two entries get the same key.
     """
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content:
         raise UserError("the file holds no state_dict")
-    state = {}
+    state_dict = {}
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise UserError(f"the file holds no state_dict: {key!r} is a {type(value).__name__}, not a tensor")
         while key.startswith(PREFIXES):
             key = key.split(".", 1)[1]
-        if key in state:
+        if key in state_dict:
             raise UserError(f"the file holds {key} twice, with and without a prefix: which one counts?")
         if not key.startswith(DEAD_PREFIX):
-            state[key] = value
-    return state
+            state_dict[key] = value
+    if {key.split(".")[0] for key in state_dict} == {"0", "1"}:  # Sequential(normalisation, network)
+        state_dict = {key.split(".", 1)[1]: value for key, value in state_dict.items()}
+    return state_dict
 
 
 class Normalised(nn.Module):
@@ -120,9 +166,9 @@ class Normalised(nn.Module):
 
 
 def take_normalisation(state_dict):
-    """Parts a bare state_dict into the network's own entries and its normalisation, (mean, std) or None.
+    """Splits a bare state_dict into the network's own entries and its normalisation, (mean, std) or None.
 
-    Raises UserError where mean and std are not those of images in [0, 1].
+    Raises UserError if mean and std are not those of images in [0, 1].
     """
     for names in NORMALISATIONS:
         if all(name in state_dict for name in names):
@@ -136,28 +182,197 @@ def take_normalisation(state_dict):
     return state_dict, None
 
 
-def load_weights(model, state_dict, what="checkpoint"):
-    """Loads `state_dict` into `model`, every key and every shape, or raises UserError with what differs and loads
-    nothing."""
-    own = model.state_dict()
+def load_weights(model, state_dict, source="checkpoint"):
+    """Loads `state_dict` into `model`, every key and every shape; or raises UserError with what differs and loads
+    nothing. Only num_batches_tracked may be missing: no output depends on it."""
     if not isinstance(state_dict, dict):
-        raise UserError(f"{what} is no state_dict")
-    for key in own.keys() & state_dict.keys():
-        if not isinstance(state_dict[key], torch.Tensor) or state_dict[key].is_complex():
-            raise UserError(f"{what} is damaged: {key} is no tensor of real numbers")
-    missing = [key for key in own if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in own]
+        raise UserError(f"{source} is not a state_dict")
+    expected = model.state_dict()
+    uncounted = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
+    state_dict = {**uncounted, **state_dict}
+    for key in expected.keys() & state_dict.keys():
+        if not isinstance(state_dict[key], torch.Tensor):
+            raise UserError(f"{source} is damaged: {key} is not a tensor")
+    missing = [key for key in expected if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in expected]
     reshaped = [
-        f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state_dict and state_dict[key].shape != own[key].shape
+        f"{key} {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state_dict and state_dict[key].shape != expected[key].shape
     ]
-    found = [("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)]
-    lists = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in found if keys]
-    if lists:
-        raise UserError(f"{what} is of another network: {'; '.join(lists)}")
+    kinds = [("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)]
+    differences = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds if keys]
+    prefixes = {str(key).split(".")[0] for key in state_dict.keys() - uncounted.keys()}
+    if len(prefixes) == 1 and unexpected:
+        differences.append(f"all keys begin with '{prefixes.pop()}.'")
+    if differences:
+        raise UserError(f"{source} is of another network: {'; '.join(differences)}")
     model.load_state_dict(state_dict)
 
 
 def _some(keys, shown=3):
-    return ", ".join(keys[:shown]) + (" ..." if len(keys) > shown else "")
+    return ", ".join(map(str, keys[:shown])) + (" ..." if len(keys) > shown else "")
+
+
+def load_trained(path, target=None, dataset=None):
+    """(a run's checkpoint, or bare weights in the same form; the file's SHA-256). Bare weights need the names of the
+    network and of the data set. Raises UserError if these do not fit the file."""
+    content, sha256 = load_with_sha256(path)
+    if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+        missing = missing_keys(content, {"target": dict, "classes": list, "epoch": int})
+        missing += missing_keys(content["settings"], {"target": str, "dataset": str})
+        if missing:
+            raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(missing)}")
+        if target not in (None, content["settings"]["target"]):
+            raise UserError(f"the target of {path} is {content['settings']['target']}, not {target}")
+        return content, sha256
+    if target is None or dataset is None:
+        raise UserError(f"{path} holds bare weights: say --target NAME and --dataset NAME as well")
+    return {"target": bare_state_dict(content), "settings": {"target": target}, "classes": None}, sha256
+
+
+def load_network(content, role, path, num_classes, memory_format=torch.channels_last):
+    """The `role`, target or guide, of what `load_trained` found, frozen and in eval mode. Raises UserError if it does
+    not fit."""
+    if role not in content or missing_keys(content["settings"], {role: str}):
+        raise UserError(f"{path} holds no {role}")
+    try:
+        model = build_model(content["settings"][role], num_classes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    state_dict, normalisation = take_normalisation(content[role])
+    load_weights(model, state_dict, f"the {role} in {path}")
+    if normalisation:
+        model = Normalised(model, *normalisation)
+    return model.to(memory_format=memory_format).eval().requires_grad_(False)
+
+
+# The run directory
+
+
+@contextmanager
+def claim_run_dir(run_dir, resume):
+    """No other run uses `run_dir`, made if need be, inside the `with`, which gets the checkpoint in it or None. The
+    lock ends with the process, however that ends. A directory that was made here and stays empty is removed.
+
+    Raises UserError if the directory exists and `resume` is False, or if it is another run's or no run's.
+    """
+    if run_dir.exists() and not resume:
+        raise UserError(f"{run_dir} exists already: continue it with --resume, or choose another folder with --out")
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{run_dir} cannot be made ({error.strerror}): choose another --out") from None
+        stack.enter_context(lock(run_dir, f"another run is at work in {run_dir}: wait for it, or choose another --out"))
+        checkpoint = load_run(run_dir / "last.pt") if (run_dir / "last.pt").exists() else None
+        if checkpoint is None:
+            _check_unused(run_dir)
+        for file in run_dir.iterdir():
+            if re.fullmatch(OUR_PARTIAL, file.name):  # a killed run was writing it
+                file.unlink()
+        yield checkpoint
+
+
+@contextmanager
+def lock(path, refusal):
+    """Locks a file or folder inside the `with`. Raises UserError with `refusal` if another process has the lock."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(refusal) from None
+    except OSError:
+        print(f"note: the file system of {path} has no locks: a second process would not be noticed", file=sys.stderr)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_unused(run_dir):
+    """Raises UserError if a run that starts here would overwrite a file that no unfinished first epoch left."""
+    names = ["log.jsonl", "weights.pt"]
+    config = run_dir / "config.json"
+    if config.exists() and not (config.is_file() and '"settings"' in config.read_text("utf-8", errors="replace")):
+        names.append("config.json")
+    for name in names:
+        if (run_dir / name).exists():
+            raise UserError(f"{run_dir / name} is there, but no last.pt to continue from: choose another --out")
+
+
+def _remove_empty(folders):
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def load_run(path):
+    """The checkpoint of a run, to continue it. Raises UserError if it is not one."""
+    checkpoint = load(path)
+    missing = missing_keys(checkpoint, RUN_KINDS)
+    if not missing:
+        epochs = [row.get("epoch") if isinstance(row, dict) else None for row in checkpoint["log"]]
+        if epochs != list(range(1, checkpoint["epoch"] + 1)):
+            missing.append(f"log of epochs 1 to {checkpoint['epoch']}")
+        if not all(isinstance(name, str) for name in checkpoint["classes"]):
+            missing.append("names of classes")
+    if missing:
+        raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(missing)}")
+    return checkpoint
+
+
+def load_state(checkpoint, networks, ema, optimizer):
+    """Loads networks, EMA network (or None) and optimizer from a run's checkpoint. Raises UserError if it is of
+    others."""
+    models = networks if ema is None else {**networks, "ema": ema}
+    if missing := missing_keys(checkpoint, dict.fromkeys(models, dict)):
+        raise UserError(f"the checkpoint has no {', '.join(missing)}")
+    for role, model in models.items():
+        load_weights(model, checkpoint[role], f"the checkpoint's {role}")
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for weight, state in optimizer.state.items():
+            if state.get("momentum_buffer") is not None and state["momentum_buffer"].shape != weight.shape:
+                raise ValueError("a momentum has another shape than its weight")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the checkpoint's optimizer is of other networks: {first_line(error)}") from None
+
+
+def save_run(run_dir, checkpoint, config, *, best, keep):
+    """Saves a finished epoch: `best.pt` if it is the `best` so far, `epochNNN.pt` if it is to be kept, then `last.pt`
+    and what is written from it."""
+    if best:
+        save(run_dir / "best.pt", checkpoint)
+    if keep:
+        networks_only = {name: value for name, value in checkpoint.items() if name != "optimizer"}
+        save(run_dir / f"epoch{checkpoint['epoch']:03}.pt", networks_only)
+    save(run_dir / "last.pt", checkpoint)
+    write_from_checkpoint(run_dir, checkpoint, config)
+
+
+def write_from_checkpoint(run_dir, checkpoint, config):
+    """Writes log.jsonl, weights.pt and config.json as `last.pt` has them, also after a kill between two files."""
+    write_text(run_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in checkpoint["log"]))
+    save(run_dir / "weights.pt", checkpoint["target"])
+    write_config(run_dir, config)
+
+
+def write_config(run_dir, config):
+    """Writes config.json: settings, classes, number of images, versions, commit, device."""
+    write_text(run_dir / "config.json", json.dumps(config, indent=1) + "\n")
+
+
+def what_is_saved(run_dir):
+    """For somebody whose run ended early: what is kept, and how to go on."""
+    log = run_dir / "log.jsonl"
+    if not log.exists():
+        return "nothing was saved yet"
+    epochs = log.read_text(encoding="utf-8").count("\n")
+    return f"everything up to epoch {epochs} is saved; to go on, add --out {run_dir} --resume"

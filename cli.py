@@ -1,4 +1,4 @@
-"""What both command lines share: one-line errors, exact numbers, and the facts a measured figure carries."""
+"""What the command lines share: errors of one line, numbers, exact float32, atomic files, where a figure comes from."""
 
 import argparse
 import functools
@@ -7,73 +7,94 @@ import math
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 import torchvision
+from tqdm import tqdm
+
+PARTIAL = ".partial"  # how the name of an unfinished file ends
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class UserError(Exception):
     """A person's mistake: the message says in one line what is wrong and how to mend it."""
 
 
-class Stopped(Exception):
-    """A signal, `number`, ended a run after its state was saved; the message says where and how to go on."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows each flag's true default, if it has one that can be shown."""
 
-    def __init__(self, number, message):
-        super().__init__(message)
-        self.status = 128 + number  # as the shell counts: 130 after Ctrl-C, 143 after SIGTERM
+    def _get_help_string(self, action):
+        default, text = action.default, action.help
+        if not action.option_strings or "default" in text or isinstance(default, (bool, type(None))):
+            return text
+        return f"{text} (default: {f'{default:.4g}' if isinstance(default, float) else default})".replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors; flags are typed in full, so that a typo is never another flag."""
+    """An ArgumentParser whose errors are UserErrors. Flags are typed in full, so that a typo is never another flag."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
 
 def first_line(error):
-    """The first line of what a library's error says, or its name if it says nothing."""
+    """The first line of a library's error message, or the error's name if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def command(main):
-    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C, 143
-    after SIGTERM. Of several processes the first one says the line; its memory, each one for itself."""
+def under_torchrun():
+    """Whether torchrun started this process: only its whole set of variables counts."""
+    return all(name in os.environ for name in TORCHRUN)
+
+
+def exit_status(main):
+    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C.
+
+    Under torchrun, rank 0 prints the line; every rank prints its own lack of memory.
+    """
 
     @functools.wraps(main)
-    def with_status(argv=None):
-        heard = os.environ.get("RANK", "0") == "0"  # torchrun's number of the process
+    def wrapped(argv=None):
+        if isinstance(argv, str):
+            raise TypeError("main takes a list of words, such as ['--dataset', 'tiny']")
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by the shell, as 2>&- does
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is shown in escapes
             sys.stdout.reconfigure(errors="backslashreplace")
+        speaks = not under_torchrun() or os.environ["RANK"] == "0"
         try:
             main(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
             return 0
+        except BrokenPipeError as error:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python complains once more at its end)
+            line, status = ": ".join(["error: nobody reads standard output any more", *map(str, error.args[:1])]), 2
         except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
             line, status = f"error: {error}", 2
         except (MemoryError, RuntimeError) as error:
             full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not full and "you tried to allocate" not in str(error):  # as torch says it of the CPU's memory
+            if not full and "you tried to allocate" not in str(error):  # torch's words for the CPU's memory
                 raise
-            line, status, heard = f"error: out of memory ({first_line(error)}): try a smaller --batch-size", 2, True
+            line, status, speaks = f"error: out of memory ({first_line(error)}): try a smaller --batch-size", 2, True
             line += " or, in training, --precision bf16"
-        except Stopped as stop:
-            line, status = f"stopped: {stop}", stop.status
         except KeyboardInterrupt as stop:
             line, status = ": ".join(["interrupted", *stop.args]), 130
-        if heard:  # names, as of files and of weights, may hold line breaks and a terminal's commands
+        if speaks:  # names of files and weights may hold line breaks and a terminal's commands
             print("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
         return status
 
-    return with_status
+    return wrapped
 
 
-def number(text):
+def parse_fraction(text):
     """'8/255' or '0.031' as the nearest float. Raises ValueError for anything else, infinities included."""
     try:
         value = float(Fraction(text) if "/" in text else text)
@@ -84,8 +105,8 @@ def number(text):
     return value
 
 
-def bounded(convert, low, high=math.inf):
-    """An argparse type: `convert` and then low <= value <= high, and no whole number that the machine has not."""
+def in_range(convert, low, high=math.inf):
+    """An argparse type: `convert`, then low <= value <= high. A whole number must also fit the machine."""
     high = min(high, sys.maxsize) if convert is int else high
 
     def parse(text):
@@ -102,8 +123,39 @@ def bounded(convert, low, high=math.inf):
     return parse
 
 
-def pick_device(name):
-    """The torch.device called `name`, by default the GPU if there is one. Raises UserError where it cannot be used."""
+class Progress:
+    """A bar on a terminal. Elsewhere a line with the time left every minute."""
+
+    def __init__(self, total, done):
+        self.bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=None, smoothing=0.05)
+        self.total, self.before, self.done = total, done, done
+        self.began = self.spoke = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def update(self, n, text):
+        """`n` more images are done; `text` says where we are."""
+        self.done += n
+        now = time.monotonic()
+        if not self.bar.disable:
+            self.bar.set_description(text, refresh=False)
+            self.bar.update(n)
+        elif now - self.spoke > 60:
+            self.spoke = now
+            left = (now - self.began) * (self.total - self.done) / (self.done - self.before)
+            print(f"{text}: about {tqdm.format_interval(left)} left", flush=True)
+
+    def write(self, line):
+        """Prints a line above the bar."""
+        self.bar.write(line)
+
+
+def pick_device(name=None):
+    """The torch.device called `name`; without a name the GPU if there is one. Raises UserError if it cannot be used."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -114,64 +166,77 @@ def pick_device(name):
     return device
 
 
-def full_float32():
-    """float32 means float32: TF32, torch's default in cuDNN's convolutions, is switched off."""
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+@contextmanager
+def numerics(*, deterministic, benchmark=False):
+    """Inside the `with`, float32 means float32: TF32, the default of cuDNN's convolutions, is off.
 
-
-def deterministic(wanted):
-    """Where `wanted`, the same seed gives the same bytes on the same device; else the device's faster ways are free."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS, too, asks for it before its first product
-    torch.use_deterministic_algorithms(wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help against bugs that costs a pass over all
-    torch.backends.cudnn.benchmark = not wanted
+    deterministic   the same seed gives the same bytes on the same device, or torch raises.
+    benchmark       cuDNN may choose its algorithms by timing them.
+    torch's global switches are put back at the end.
+    """
+    switches = [
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        (torch.backends.cudnn, "deterministic", not benchmark),
+        (torch.backends.cudnn, "benchmark", benchmark),
+        (torch.utils.deterministic, "fill_uninitialized_memory", False),  # finds bugs, but writes all memory twice
+    ]
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it before its first product
+    try:
+        for owner, name, value in switches:
+            setattr(owner, name, value)
+        torch.use_deterministic_algorithms(deterministic)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic, warn_only=warned_only)
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
 
 
 def provenance(device):
-    """What a figure carries: versions, commit of this repository (with '+' where files differ from it), device."""
-    here = Path(__file__).resolve().parent
+    """What a figure carries: versions, commit of this repository ('+' if files differ from it), device."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "python": sys.version.split()[0],
-        "torch": str(torch.__version__),  # a plain string, that a checkpoint may hold
+        "torch": str(torch.__version__),  # a plain string, which a checkpoint may hold
         "torchvision": torchvision.__version__,
-        "commit": _git(here, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"),
+        "commit": _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"),
         "device": gpu or f"{device.type}, {torch.get_num_threads()} threads",
     }
 
 
-def _git(folder, *arguments):
-    # Only this project's own repository counts, not one that the files happen to be copied into.
-    if not (folder / ".git").exists():
+def _git(*arguments):
+    here = Path(__file__).resolve().parent
+    if not (here / ".git").exists():  # only this project's own repository counts, not one it was copied into
         return None
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-PARTIAL = ".partial"
-
-
 @contextmanager
-def written_whole(path):
-    """The path of a file to write beside `path`. At the end of the `with` it is flushed to the disk and takes the place
-    of what was at `path`; after an error it is removed and nothing has changed. A process killed in between leaves a
-    hidden file behind whose name ends with PARTIAL, and nothing has changed either."""
+def atomic_write(path):
+    """The path of a file to write beside `path`. At the end of the `with` it is flushed to the disk and renamed to
+    `path`; after an error it is removed. A process killed in between leaves only a hidden file that ends in PARTIAL."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        yield aside
-        with open(aside, "rb") as file:
+        yield partial
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or first_line(error)}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """`text` in the file `path`, whole or not at all."""
-    with written_whole(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """`text` in the file `path`, complete or not at all. Raises UserError if it cannot be written."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")

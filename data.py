@@ -1,15 +1,17 @@
 """Images: cifar10 and cifar100 (torchvision), folder (a person's own), tiny (made here, no download).
 
 Every set lives on the device as uint8 (N, 3, 32, 32); batches are cropped, flipped and turned into [0, 1] there.
-All random draws come from `generator(device, seed, ...)`, so they depend on the seed, the epoch and the step alone.
+All random draws come from `make_generator(device, seed, ...)`: they depend on the seed, the epoch and the step alone.
 """
 
 import contextlib
 import hashlib
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -34,17 +36,27 @@ class Images(NamedTuple):
     def to(self, device):
         return Images(self.x.to(device), self.y.to(device), self.classes)
 
+    def select(self, indices):
+        """The images at `indices`: a slice, a (M,) int64 or a (N,) bool tensor."""
+        return Images(self.x[indices], self.y[indices], self.classes)
 
-def generator(device, *key):
+    def sha256(self):
+        """The checksum of all pixels, labels and class names, by which a run and an evaluation know their images."""
+        digest = hashlib.sha256(repr((tuple(self.x.shape), self.classes)).encode())
+        for tensor in (self.x, self.y):
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+
+def make_generator(device, *key):
     """A random generator on `device` whose stream depends on `key` alone, such as (seed, "train", epoch, step)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def pixels(x):
-    """uint8 images as floats of torch's default type in [0, 1]: x / 255, (B, 3, H, W), laid out as convolutions read
-    them fastest."""
-    return x.to(torch.get_default_dtype(), memory_format=torch.channels_last).div_(255)
+def to_float(x, memory_format=torch.channels_last):
+    """x / 255: uint8 images (B, 3, H, W) as floats of torch's default type in [0, 1]."""
+    return x.to(torch.get_default_dtype(), memory_format=memory_format).div_(255)
 
 
 def crop_and_flip(x, top, left, flip):
@@ -63,72 +75,70 @@ def crop_and_flip(x, top, left, flip):
     return cropped.permute(0, 3, 1, 2)
 
 
-def train_batches(images, batch_size, seed, epoch, done=0):
-    """One epoch, or what is left of it after `done` batches: every image once, in an order drawn from (seed, epoch),
-    the last, smaller batch kept.
+def train_batches(images, batch_size, seed, epoch, memory_format=torch.channels_last):
+    """One epoch: every image once, in an order drawn from (seed, epoch). The last, smaller batch is kept.
 
     Yields x (B, 3, 32, 32) in [0, 1], cropped and flipped, y (B,), and the step's generator, from which the caller
-    draws whatever else this step needs.
+    draws what else this step needs.
     """
     device = images.x.device
-    order = torch.randperm(len(images.y), generator=generator("cpu", seed, "order", epoch)).to(device)
-    for step, chosen in enumerate(order[done * batch_size :].split(batch_size), start=done + 1):
-        draws = generator(device, seed, "step", epoch, step)
-        top, left = torch.randint(0, 9, (2, len(chosen)), generator=draws, device=device)
-        flip = torch.rand(len(chosen), generator=draws, device=device) < 0.5
-        yield pixels(crop_and_flip(images.x[chosen], top, left, flip)), images.y[chosen], draws
+    order = torch.randperm(len(images.y), generator=make_generator("cpu", seed, "order", epoch)).to(device)
+    for step, indices in enumerate(order.split(batch_size), start=1):
+        generator = make_generator(device, seed, "step", epoch, step)
+        top, left = torch.randint(0, 9, (2, len(indices)), generator=generator, device=device)
+        flip = torch.rand(len(indices), generator=generator, device=device) < 0.5
+        x = crop_and_flip(images.x[indices], top, left, flip)
+        yield to_float(x, memory_format), images.y[indices], generator
 
 
-def drawn(images, count, seed):
-    """Which images make a subset of `count`, drawn from `seed`, its classes as equal in number as can be: (N,) bool.
-
-    Raises UserError if there are fewer.
-    """
+def _class_balanced_mask(images, count, seed):
+    """(N,) bool: `count` of the images, drawn from `seed`, with class sizes as equal as can be."""
     total = len(images.y)
     if count > total:
         raise UserError(f"{count} images are asked for, but there are only {total}")
-    draws = generator("cpu", seed, "subset")
-    shuffled = torch.randperm(total, generator=draws)
-    class_order = torch.randperm(len(images.classes), generator=draws)
+    generator = make_generator("cpu", seed, "subset")
+    shuffled = torch.randperm(total, generator=generator)
+    class_order = torch.randperm(len(images.classes), generator=generator)
     y = images.y.cpu()[shuffled]
-    rank = torch.empty(total, dtype=torch.int64)  # how many images of its class were drawn before it
+    rank = torch.empty(total, dtype=torch.int64)  # how many images of its class come before it
     for label in range(len(images.classes)):
         members = y == label
         rank[members] = torch.arange(int(members.sum()))
     round_robin = torch.argsort(rank * len(images.classes) + class_order[y], stable=True)
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[shuffled[round_robin[:count]]] = True
-    return chosen.to(images.x.device)
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[shuffled[round_robin[:count]]] = True
+    return mask.to(images.x.device)
 
 
-def subset(images, count, seed):
-    """`count` of the images, class-balanced, drawn from `seed`, in the set's own order."""
-    chosen = drawn(images, count, seed)
-    return images._replace(x=images.x[chosen], y=images.y[chosen])
+def class_balanced_subset(images, count, seed):
+    """`count` of the images, drawn from `seed`, with class sizes as equal as can be, in the set's own order.
+
+    Raises UserError if there are fewer images.
+    """
+    return images.select(_class_balanced_mask(images, count, seed))
 
 
 def hold_out(images, count, seed):
-    """(the subset of `count` images, all the others). Raises UserError if none would be left."""
-    chosen = drawn(images, count, seed)
-    if chosen.all():
-        raise UserError(f"{count} images held out of {len(chosen)} leave none to train on")
-    return tuple(images._replace(x=images.x[part], y=images.y[part]) for part in (chosen, ~chosen))
+    """(the class-balanced subset of `count` images, all others). Raises UserError if no others are left."""
+    mask = _class_balanced_mask(images, count, seed)
+    if mask.all():
+        raise UserError(f"{count} images held out of {len(mask)} leave none to train on")
+    return images.select(mask), images.select(~mask)
 
 
-def check_classes(expected, found, what):
-    """Raises UserError unless both lists of class names are the same; `what` names where the expected ones come
-    from."""
+def check_classes(expected, found, source):
+    """Raises UserError unless both lists of class names are equal; `source` says what has the expected ones."""
     if expected == found:
         return
     if len(expected) != len(found):
-        raise UserError(f"{what} {len(expected)} classes, but these images have {len(found)}")
-    differing = next((old, new) for old, new in zip(expected, found, strict=True) if old != new)
-    raise UserError(f"{what} other classes: '{differing[0]}' there is '{differing[1]}' here")
+        raise UserError(f"{source} has {len(expected)} classes, but these images have {len(found)}")
+    before, now = next((a, b) for a, b in zip(expected, found, strict=True) if a != b)
+    raise UserError(f"{source} has other classes: '{before}' there is '{now}' here")
 
 
 def load_images(dataset, split, data_dir=None):
     """The "train" or "test" images of a data set, on the CPU. Raises UserError where they cannot be had."""
-    if dataset not in DATASETS:  # as a checkpoint may say
+    if dataset not in DATASETS:  # a checkpoint may say so
         raise UserError(f"unknown data set '{dataset}': choose from {', '.join(DATASETS)}")
     if dataset == "tiny":
         return tiny(split)
@@ -153,11 +163,12 @@ def cifar(dataset, split, data_dir):
 
 
 def folder(data_dir, split):
-    """A person's own images, `data_dir`/`split`/<class>/*, any format that Pillow reads, classes in alphabetical order.
+    """A person's own images, `data_dir`/`split`/<class>/*, in any format that Pillow reads, classes in alphabetical
+    order.
 
-    An image is turned as its camera says, cut to its centre square, resized to 32x32 and made RGB. The decoded set is
-    kept in `data_dir`/.decoded and read from there while no file's name, size or time has changed.
-    Raises UserError where there are no images, or one cannot be read.
+    An image is rotated as its camera says, cut to its centre square, resized to 32x32 and made RGB. The decoded set is
+    kept in `data_dir`/.decoded and read from there until a file's name, size or time changes.
+    Raises UserError if there are no images, or one cannot be read.
     """
     if data_dir is None:
         raise UserError("--dataset folder needs --data-dir: a folder with train/<class>/ and test/<class>/ in it")
@@ -168,49 +179,62 @@ def folder(data_dir, split):
     if len(classes) < 2:
         raise UserError(f"{root} holds {len(classes)} class folders: at least two are needed, {root}/<class>/*")
     suffixes = Image.registered_extensions()
-    files, labels = [], []
+    files, labels, skipped = [], [], 0
     for label, name in enumerate(classes):
-        found = sorted(
-            file
-            for file in (root / name).iterdir()
-            if file.suffix.lower() in suffixes and not file.name.startswith(".")
-        )
-        if not found:
+        entries = sorted(entry for entry in (root / name).iterdir() if not entry.name.startswith("."))
+        images = [entry for entry in entries if entry.suffix.lower() in suffixes]
+        skipped += len(entries) - len(images)
+        if not images:
             raise UserError(f"{root / name} holds no images")
-        files += found
-        labels += [label] * len(found)
+        files += images
+        labels += [label] * len(images)
+    if skipped:
+        print(f"note: {skipped} entries below {root} are not images that Pillow reads: skipped", file=sys.stderr)
     stamp = hashlib.sha256()
     for file in files:
-        if not file.is_file():  # a folder, a link to nothing, or a pipe, which might never end
-            raise UserError(f"{file} is no file: mend or remove it")
+        if not file.is_file():  # a folder, a broken link, or a pipe, which might never end
+            raise UserError(f"{file} is not a file: mend or remove it")
         status = file.stat()
         stamp.update(repr((file.parent.name, file.name, status.st_size, status.st_mtime_ns)).encode())
     cache = Path(data_dir) / ".decoded" / f"{split}.pt"
-    x = _cached(cache, stamp.hexdigest())
+    x = _cached(cache, stamp.hexdigest(), len(files))
     if x is None:
-        x = torch.stack([_decode(file) for file in tqdm(files, desc=f"decoding {root}", disable=None, leave=False)])
+        decoded = [_decode(file) for file in tqdm(files, desc=f"decoding {root}", disable=None, leave=False)]
+        if transparent := sum(has_alpha for _, has_alpha in decoded):
+            print(f"note: {transparent} images below {root} are transparent: only their colours are used",
+                  file=sys.stderr)  # fmt: skip
+        x = torch.stack([image for image, _ in decoded])
         _keep(cache, stamp.hexdigest(), x)
     return Images(x, torch.tensor(labels), classes)
 
 
 def _decode(file):
+    """(the image (3, 32, 32) uint8, whether it has transparency)."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about size and metadata: what matters is whether there is an image
+            warnings.simplefilter("ignore")  # about size and metadata; an image is still an image
             with Image.open(file) as image:
-                if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
-                    image = image.point(lambda grey: grey / 256).convert("L")
-                image = ImageOps.exif_transpose(image).convert("RGB")
-                return pil_to_tensor(ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BICUBIC))
+                if image.mode in ("I", "F"):  # Pillow would clip them to white or black
+                    raise UserError(f"{file} has 32 bits per pixel: save it with 8 or 16")
+                transparent = image.has_transparency_data
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16"):
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
+                return pil_to_tensor(image), transparent
+    except UserError:
+        raise
     except Exception as error:  # a damaged image makes Pillow's many readers raise anything
         raise UserError(f"{file} cannot be read as an image ({first_line(error)}): mend or remove it") from None
 
 
-def _cached(cache, stamp):
+def _cached(cache, stamp, count):
     with contextlib.suppress(UserError):
-        kept = checkpoints.load(cache)
-        if isinstance(kept, dict) and kept.get("stamp") == stamp:
-            return kept["x"]
+        content = checkpoints.load(cache)
+        if isinstance(content, dict) and content.get("stamp") == stamp:
+            x = content.get("x")
+            if isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.shape == (count, 3, SIDE, SIDE):
+                return x
     return None
 
 
@@ -219,35 +243,34 @@ def _keep(cache, stamp, x):
         cache.parent.mkdir(exist_ok=True)
         checkpoints.save(cache, {"stamp": stamp, "x": x})
     except (UserError, OSError):
-        print(f"note: {cache.parent} cannot be written, so the images are decoded at every start")
+        print(f"note: {cache.parent} cannot be written, so the images are decoded at every start", file=sys.stderr)
 
 
 TINY_SIZE = {"train": 3000, "test": 1000}
 
 
 def tiny(split):
-    """Ten made-up classes in about a second, on which the paper's story can be watched.
+    """Ten made-up classes, made in about a second, that show the paper's idea.
 
     Each class has a large-scale pattern under large-scale noise, far stronger than any attack (a robust feature), and a
     faint pixel-scale code of amplitude 7/255, which an attack of 8/255 can rewrite (a feature that is not robust). A
-    network trained on clean images reads the code and falls to PGD; one trained on adversarial images has to learn the
-    pattern. One image in twelve is an even blend of its class with another one, so that no guide gets all of them
-    right.
+    network trained on clean images uses the code and loses its accuracy under PGD; one trained on adversarial images
+    must use the pattern. One image in twelve is an even blend of two classes, so that no guide can be always right.
     """
     count = TINY_SIZE[split]
-    draws = generator("cpu", "tiny", "classes")
-    patterns = 0.18 * torch.randn(10, 3, 4, 4, generator=draws)
-    codes = torch.randint(0, 2, (10, 3, 4, 4), generator=draws) * 2.0 - 1  # a tile, so that a crop only shifts it
+    generator = make_generator("cpu", "tiny", "classes")
+    patterns = 0.18 * torch.randn(10, 3, 4, 4, generator=generator)
+    codes = torch.randint(0, 2, (10, 3, 4, 4), generator=generator) * 2.0 - 1  # a tile, so that a crop only shifts it
     codes = 7 / 255 * (codes - codes.mean((2, 3), keepdim=True)).repeat(1, 1, 8, 8)  # (10, 3, 32, 32)
 
-    draws = generator("cpu", "tiny", split)
+    generator = make_generator("cpu", "tiny", split)
     y = torch.arange(count) % 10
-    other = (y + torch.randint(1, 10, (count,), generator=draws)) % 10
-    blended = torch.rand(count, generator=draws) < 1 / 12
+    other = (y + torch.randint(1, 10, (count,), generator=generator)) % 10
+    blended = torch.rand(count, generator=generator) < 1 / 12
     share = torch.where(blended, 0.5, 1.0).view(-1, 1, 1, 1)
     coarse = share * patterns[y] + (1 - share) * patterns[other]
-    coarse = coarse + 0.08 * torch.randn(coarse.shape, generator=draws)  # (N, 3, 4, 4)
+    coarse = coarse + 0.08 * torch.randn(coarse.shape, generator=generator)  # (N, 3, 4, 4)
     fine = share * codes[y] + (1 - share) * codes[other]
-    fine = fine + 0.03 * torch.randn(fine.shape, generator=draws)  # (N, 3, 32, 32)
+    fine = fine + 0.03 * torch.randn(fine.shape, generator=generator)  # (N, 3, 32, 32)
     x = 0.5 + F.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear") + fine
     return Images(x.mul(255).round().clamp(0, 255).to(torch.uint8), y, [f"class{label}" for label in range(10)])

@@ -1,67 +1,82 @@
-"""DYNAT, Dynamic Label Adversarial Training: a guide learns clean images from the ground truth, a target learns
-adversarial images from the guide's decisions, both from scratch and at the same time.
+"""DYNAT, Dynamic Label Adversarial Training. A guide is trained on clean images with the ground truth. A target is
+trained from scratch at the same time: its images are adversarial, their labels are what the guide predicts.
 
     python train_dynat.py --dataset tiny                              a minute on a CPU, nothing to download
     python train_dynat.py --dataset cifar10 --target wrn34-10         the paper's main row
     python train_dynat.py --method dynat-inner ...                    Eq. (7), the dynamic inner maximisation
-    python train_dynat.py --method trades ...                         any other row of its tables, see variants/
+    python train_dynat.py --method trades --help                      another row of its tables, with its own defaults
 
-One update is `dynat_step` below; everything under it is the loop and the command line.
+One update is `dynat_step` below. The other methods' updates are in variants/. Then come the settings, the training
+loop and the command line.
 """
 
-import json
-import math
+import copy
 import shlex
 import sys
+import textwrap
 import time
-from argparse import BooleanOptionalAction
+from argparse import SUPPRESS, BooleanOptionalAction
 from contextlib import ExitStack
 from functools import partial
-from inspect import signature
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import checkpoints
-import engine
-import variants
-from attacks import eval_mode, linf_pgd, near_start, uniform_start
-from cli import (
-    Parser,
-    Stopped,
-    UserError,
-    bounded,
-    command,
-    deterministic,
-    full_float32,
-    number,
-    provenance,
-    write_text,
-)
-from data import DATASETS, check_classes, generator, hold_out, load_images, subset, train_batches
-from evaluate import begin, robust
-from losses import dynamic_labels, guide_loss, kl_divergence, sum_over_processes, target_loss
+import distributed
+from attacks import eval_mode, gaussian_start, linf_pgd, uniform_start
+from cli import Parser, Progress, UserError, exit_status, in_range, numerics, parse_fraction, provenance
+from data import DATASETS, check_classes, class_balanced_subset, hold_out, load_images, make_generator, train_batches
+from evaluate import still_correct
+from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
 from models import NAMES, build_model
-from speed import Fast, tf32
+from speed import Fast, memory_format, tf32, update_ema
+from variants import (
+    at_awp,
+    dynat_awp,
+    dynat_gairat,
+    dynat_mail,
+    fat,
+    gairat,
+    lbgat,
+    mail,
+    mail_mse,
+    mart,
+    pgd_at,
+    sat,
+    trades,
+    trades_awp,
+)
 
 
-def dynat_step(target, guide, optimizer, x, y, start, *, inner, epsilon, step_size, steps, beta, clean_forward=True):
+def dynat_step(
+    target, guide, optimizer, x, y, start, *,
+    inner, epsilon, step_size, steps, beta, clean_forward=True, static_labels=False,
+):  # fmt: skip
     """One update of DYNAT: min over both networks of CE(g(x), y) + beta * CE(f(x_adv), labels), Eq. (6).
 
-    target, guide   f and g, both in train mode, images in [0, 1] to logits (B, C); `optimizer` holds the weights of
-    both. x, y, start     clean images (B, 3, H, W) in [0, 1], ground truth (B,) int64, and where the attack begins.
-    inner           False: x_adv maximises KL(f(x) || f(.)), as LBGAT's does. True: it maximises CE(f(.), labels), Eq.
-    (7). epsilon, step_size, steps   of the attack, in units of pixels in [0, 1].
+    target          f, in train mode: images (B, 3, H, W) in [0, 1] to logits (B, C).
+    guide           g, in train mode, the same.
+    optimizer       holds the weights of both.
+    x               clean images (B, 3, H, W) in [0, 1].
+    y               ground truth (B,) int64.
+    start           where the attack begins, of the shape of x.
+    inner           False: x_adv maximises KL(f(x) || f(.)), as in LBGAT. True: CE(f(.), labels), Eq. (7).
+    epsilon         radius of the attack; like `step_size` in units of pixels in [0, 1].
+    steps           of the attack.
+    beta            weight of the target's loss.
+    clean_forward   whether BatchNorm of the target also sees the clean images, as in the release.
+    static_labels   y in the place of the dynamic labels: the ablation of Eq. (3).
 
-    Returns x_adv and the update's figures, scalars on the device, detached. Source: DYNAT, dynat.py; its guide
-    forward at every PGD step is done once, which changes no weight (its batch statistics are the same each time).
+    Returns x_adv (B, 3, H, W) and a dict of metrics: scalars on the device, detached.
+    Source: DYNAT, dynat.py. The release calls the guide in every PGD step. One call gives the same labels and weights,
+    because in train mode the batch statistics are the same each time.
     """
     guide_logits = guide(x)  # (B, C)  train mode, once per update
-    labels = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
+    decisions = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
+    labels = y if static_labels else decisions
 
     with eval_mode(target):
         if inner:  # Eq. (7)
@@ -87,181 +102,232 @@ def dynat_step(target, guide, optimizer, x, y, start, *, inner, epsilon, step_si
         "loss": loss.detach(),
         "loss_guide": loss_guide.detach(),
         "loss_target": loss_target.detach(),
-        "label_acc": (labels == y).float().mean(),  # from weak to strong: the share of dynamic labels that are right
+        "label_acc": (decisions == y).float().mean(),  # from weak to strong: the share of right dynamic labels
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 
 
-# A method: its step, whose keyword-only arguments are the settings it uses (`epoch` and `noise` come from the loop);
-# where its attack begins, "near" or "uniform"; its own settings; and "where": those that hold for a data set, for a
-# target or for the preset "release" alone. Milestones are (first epoch, learning-rate factor).
+# A method: its "step"; where its attack begins, "gaussian" or "uniform"; "step_settings", keyword arguments of the step
+# (beside epsilon, step_size and steps, which every step takes); "loop_arguments", those that the training loop computes
+# (epoch, noise, all_reduce); "training", settings of the loop. "for_dataset", "for_target" and "for_preset" hold
+# settings for one data set, target or preset. A schedule is [(first epoch, value)], epochs counted from 1.
 DYNAT = {
     "step": dynat_step,
-    "start": "near",
-    "epochs": 100,
-    "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],  # LBGAT's, with its warm-up epoch
-    "where": {"release": {"guide": "resnet18-lbgat", "step_size": 0.007}},
+    "start": "gaussian",
+    "step_settings": {"inner": False, "static_labels": False, "beta": 1.0, "clean_forward": True},
+    "training": {
+        "guide": "resnet18",
+        "epochs": 100,
+        "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],  # LBGAT's, with its warm-up epoch
+    },
+    "for_preset": {"release": {"guide": "resnet18-lbgat", "step_size": 0.007}},
 }
-METHODS = {"dynat": {**DYNAT, "inner": False}, "dynat-inner": {**DYNAT, "inner": True}, **variants.METHODS}
+METHODS = {
+    "dynat": DYNAT,
+    "dynat-inner": {**DYNAT, "step_settings": {**DYNAT["step_settings"], "inner": True}},
+    **dynat_awp.METHODS,
+    **dynat_gairat.METHODS,
+    **dynat_mail.METHODS,
+    **pgd_at.METHODS,
+    **trades.METHODS,
+    **mart.METHODS,
+    **fat.METHODS,
+    **sat.METHODS,
+    **gairat.METHODS,
+    **mail.METHODS,
+    **mail_mse.METHODS,
+    **at_awp.METHODS,
+    **trades_awp.METHODS,
+    **lbgat.METHODS,
+}
 
-PAPER = {
-    "target": "wrn34-10",
-    "guide": "resnet18",
-    "batch_size": 128,
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 2e-4,
-    "epsilon": 0.031,
-    "step_size": 2 / 255,
-    "steps": 10,
-    "beta": 1.0,
-    "clean_forward": True,
-}
+ATTACK = {"epsilon": 0.031, "step_size": 2 / 255, "steps": 10}  # the paper's
+PAPER = {"target": "wrn34-10", "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4, **ATTACK}
 RUN = {
-    "dataset": "cifar10",
-    "method": "dynat",
-    "preset": "paper",
+    "data_dir": None,
+    "train_images": None,
+    "val_images": 0,
+    "lr_milestones": None,
+    "ema": 0.0,
     "seed": 1,
     "deterministic": True,
     "precision": "fp32",
     "compile": False,
     "sync_bn": False,
     "eval_every": 1,
-    "val_images": 0,
-    "ema": 0.0,
+    "keep_from": None,
 }
 TINY = {"target": "cnn", "guide": "cnn", "epochs": 10, "batch_size": 32}  # about a minute on two cores
-SCHEDULES = ("milestones", "tau_milestones")  # [(first epoch, value)]
-EPOCHS = ("awp_start", "burn_in", "easy_until", "hardest_from")  # they all scale with --epochs
-UNNAMED = ("method", "dataset", "target", "seed", "data_dir", "eval_every", "deterministic")
 
 
-def options(method):
-    """The settings that a method's step uses, and "guide" if it has one."""
-    parameters = signature(method["step"]).parameters.values()
-    used = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.name == "guide"]
-    return [name for name in used if name not in ("epoch", "noise")]
+def default_settings(method, dataset, preset, target=None, epochs=None):
+    """Every setting of a run where nothing else is typed: the paper's, then the method's own, those for this data set,
+    target and preset, then those of `tiny`. The schedule is that of `epochs`, if given."""
+    choice = METHODS[method]
+    settings = {**RUN, **PAPER, **choice["step_settings"], **choice["training"]}
+    tiny = {name: value for name, value in TINY.items() if dataset == "tiny" and name in settings}
+    target = target or {**PAPER, **tiny}["target"]
+    for kind, name in (("for_dataset", dataset), ("for_target", target), ("for_preset", preset)):
+        settings.update(choice.get(kind, {}).get(name, {}))
+    own_epochs = settings["epochs"]
+    settings.update(tiny)
+    if dataset.startswith("cifar"):
+        settings["data_dir"] = "data"
+    scale_schedule(settings, (epochs or settings["epochs"]) / own_epochs)
+    return {"method": method, "dataset": dataset, "preset": preset, **settings}
 
 
-def resolve(typed):
-    """Every setting of a run, by flag: the paper's, then the method's own, those of `tiny`, and the typed.
-
-    If the epochs differ from the method's own, every epoch number of its schedule scales with them. Returns the
-    settings and the run's default folder, named by what differs from the defaults. Raises UserError for a flag that the
-    method cannot use.
-    """
-    explicit, typed = typed, {**RUN, **typed}
-    method = METHODS[typed["method"]]
-    used = options(method)
-    unused = {name for other in METHODS.values() for name in options(other) if name not in used}
-    for flag in typed:
-        if flag in unused:
-            flag = "no_clean_forward" if flag == "clean_forward" else flag
-            raise UserError(f"--method {typed['method']} does not use --{flag.replace('_', '-')}: leave it out")
-
-    tiny = TINY if typed["dataset"] == "tiny" else {}
-    own = {name: value for name, value in method.items() if name not in ("step", "start", "where")}
-    target = typed.get("target", {**PAPER, **tiny}["target"])
-    for place in (typed["dataset"], target, typed["preset"]):
-        own.update(method.get("where", {}).get(place, {}))
-    defaults = {**PAPER, **own, **tiny}
-    defaults = {name: value for name, value in defaults.items() if name not in unused}
-    if typed["dataset"].startswith("cifar"):
-        defaults["data_dir"] = "data"
-
-    stretch = typed.get("epochs", defaults["epochs"]) / own["epochs"]
-    scaled = lambda epoch: max(1, round(epoch * stretch)) if epoch > 1 else epoch  # the first epoch stays the first
-    for name in defaults:
-        if name in SCHEDULES:
-            defaults[name] = [(scaled(first), value) for first, value in defaults[name]]
-        elif name in EPOCHS:
-            defaults[name] = scaled(defaults[name])
-    settings = {"data_dir": None, **defaults, **typed}
-    if "lr_milestones" in typed:
-        drops = enumerate(sorted(typed["lr_milestones"]), start=1)
-        settings["milestones"] = [(1, 1.0)] + [(first, 10.0**-drop) for drop, first in drops]
-
-    name = "-".join([settings["method"], settings["dataset"], settings["target"], f"s{settings['seed']}"])
-    for flag, value in explicit.items():
-        if flag not in UNNAMED and value != {**RUN, **defaults}.get(flag):
-            values = value if isinstance(value, list) else [value]
-            name += f"-{flag.replace('_', '-')}-" + "-".join(v if isinstance(v, str) else f"{v:g}" for v in values)
-    return settings, Path("runs") / name
+def scale_schedule(settings, stretch):
+    """Moves every epoch number of the schedule to a run that is `stretch` times as long, in place."""
+    moved = lambda epoch: max(1, round(epoch * stretch)) if epoch > 1 else epoch
+    for name in ("milestones", "tau_milestones"):
+        if name in settings:
+            settings[name] = [(moved(first), value) for first, value in settings[name]]
+    for name in ("awp_start", "easy_until", "hardest_from", "burn_in"):
+        if name in settings:
+            settings[name] = moved(settings[name])
 
 
 def learning_rate(settings, epoch):
-    """lr times the factor of the last milestone reached; epochs count from 1."""
+    """lr times the factor of the last milestone that `epoch` has reached."""
     return settings["lr"] * [factor for first, factor in settings["milestones"] if first <= epoch][-1]
 
 
-def train_epoch(networks, averaged, optimizer, images, settings, epoch, done, bar, stop):
-    """The epoch's updates, `averaged` (or None) following the target; where a signal comes, those up to the next one.
-
-    `done` is carried on: the "step"s done in this epoch, and of each figure that the step reports the "totals" over
-    their images. Returns the first update whose loss was not finite, (), or infinity: on the device, as the totals, so
-    that nothing waits for it.
-    """
-    method, totals = METHODS[settings["method"]], done["totals"]
-    parameters = signature(method["step"]).parameters
-    chosen = {name: settings[name] for name in options(method) if name != "guide"}
-    if "epoch" in parameters:
-        chosen["epoch"] = epoch
-    bad = torch.full((), math.inf, device=images.x.device)
-    for x, y, draws in train_batches(images, settings["batch_size"], settings["seed"], epoch, done["step"]):
-        start = near_start(x, draws) if method["start"] == "near" else uniform_start(x, settings["epsilon"], draws)
-        own = engine.own(len(y))  # of what was drawn for all processes; alone, everything
-        if "noise" in parameters:
-            chosen["noise"] = partial(normal_like, x, draws, own)
-        with engine.global_gradient(optimizer, len(y[own]) / len(y)):
-            _, figures = method["step"](**networks, optimizer=optimizer, x=x[own], y=y[own], start=start[own], **chosen)
-        engine.average_statistics(networks)
-        if averaged is not None:
-            averaged.update_parameters(networks["target"])
-        done["step"] += 1
-        for name, value in figures.items():
-            totals[name] = totals.get(name, 0) + value * len(y[own])
-        bad = torch.where(figures["loss"].isfinite(), bad, bad.clamp(max=done["step"]))
-        bar.update(len(y))
-        if stop.asked():
-            break
-    return bad
-
-
-def normal_like(x, draws, own, k):
-    """N(0, 1) for the images `own` of the batch x and the k-th PGD step, from the update's generator."""
-    return torch.randn(x.shape, generator=draws, device=x.device, dtype=x.dtype)[own]
-
-
 def prepare_images(settings, device):
-    """The run's images on the device: "train", "test" and, held out of the training images, "val"."""
+    """The run's images on the device by split: "train", "test", and "val" if some training images are held out."""
     images = {split: load_images(settings["dataset"], split, settings["data_dir"]) for split in ("train", "test")}
-    check_classes(images["train"].classes, images["test"].classes, "the training images have")
-    if settings["val_images"]:
-        images["val"], images["train"] = hold_out(images["train"], settings["val_images"], settings["seed"])
-    if "train_images" in settings:
-        images["train"] = subset(images["train"], settings["train_images"], settings["seed"])
+    check_classes(images["train"].classes, images["test"].classes, "the training set")
+    total, held_out, wanted = len(images["train"].y), settings["val_images"], settings["train_images"]
+    if wanted and held_out and total - held_out < wanted:
+        raise UserError(
+            f"--train-images {wanted}: only {total - held_out} of {total} are left after --val-images {held_out}"
+        )
+    if held_out:
+        images["val"], images["train"] = hold_out(images["train"], held_out, settings["seed"])
+    if wanted:
+        images["train"] = class_balanced_subset(images["train"], wanted, settings["seed"])
     return {split: found.to(device) for split, found in images.items()}
 
 
 def prepare_networks(settings, num_classes, device):
-    """Target and, where the method has one, guide, each initialised from its own seed: the guide is the same whatever
-    the target is. And one SGD over the weights of both."""
+    """Target and, if the method has one, guide, each initialised from its own seed, so that the guide does not depend
+    on the target. And one SGD over the weights of both."""
     networks = {}
+    layout = memory_format(device, settings["precision"])
     for role in ("target", "guide"):
         if role in settings:
-            torch.manual_seed(generator("cpu", settings["seed"], role).initial_seed())
-            model = build_model(settings[role], num_classes).to(device, memory_format=torch.channels_last)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(make_generator("cpu", settings["seed"], role).initial_seed())
+                model = build_model(settings[role], num_classes).to(device, memory_format=layout)
             networks[role] = nn.SyncBatchNorm.convert_sync_batchnorm(model) if settings["sync_bn"] else model
     weights = [weight for model in networks.values() for weight in model.parameters()]
-    hyper = {"momentum": settings["momentum"], "weight_decay": settings["weight_decay"]}
-    return networks, torch.optim.SGD(weights, lr=settings["lr"], **hyper)
+    sgd = {name: settings[name] for name in ("lr", "momentum", "weight_decay")}
+    return networks, torch.optim.SGD(weights, **sgd)
+
+
+def train(settings, run_dir, device, checkpoint=None):
+    """Trains as `settings` say and saves into `run_dir` after each epoch; from `checkpoint` on, if there is one.
+
+    Returns the log, a dict per epoch. Raises UserError if a loss or weight is not finite; that epoch is not saved.
+    """
+    method, layout = METHODS[settings["method"]], memory_format(device, settings["precision"])
+    images = distributed.first_rank_first(lambda: prepare_images(settings, device))
+    classes, count, epochs = images["train"].classes, len(images["train"].y), settings["epochs"]
+    distributed.check_batch_size(count, settings["batch_size"])
+    networks, optimizer = prepare_networks(settings, len(classes), device)
+    fast = {role: Fast(model, settings["precision"] == "bf16", settings["compile"]) for role, model in networks.items()}
+    ema = copy.deepcopy(networks["target"]) if settings["ema"] else None
+    gradients = distributed.GradientReducer(optimizer)
+    identity = {"settings": settings, "classes": classes, "images": {s: found.sha256() for s, found in images.items()}}
+    sizes = {split: len(found.y) for split, found in images.items()}
+    config = {"settings": settings, "classes": classes, "images": sizes, "world_size": distributed.world_size()}
+    config |= provenance(device)
+    log = []
+    if checkpoint is not None:
+        check_same_images(checkpoint, identity)
+        checkpoints.load_state(checkpoint, networks, ema, optimizer)
+        log = checkpoint["log"]
+        distributed.run_on_rank0(checkpoints.write_from_checkpoint, run_dir, checkpoint, config)
+    else:
+        distributed.run_on_rank0(checkpoints.write_config, run_dir, config)
+    print_start(settings, images, run_dir, config)
+
+    settings_of_step = {name: settings[name] for name in (*ATTACK, *method["step_settings"])}
+    with Progress(total=epochs * count, done=len(log) * count) as progress:
+        for epoch in range(len(log) + 1, epochs + 1):
+            began, history = time.perf_counter(), []
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch)
+            batches = train_batches(images["train"], settings["batch_size"], settings["seed"], epoch, layout)
+            with tf32(settings["precision"] == "tf32"):
+                for x, y, generator in batches:
+                    if method["start"] == "gaussian":
+                        start = gaussian_start(x, generator)
+                    else:
+                        start = uniform_start(x, settings["epsilon"], generator)
+                    shard = distributed.shard(len(y))  # of what was drawn for the batches of all ranks
+                    gradients.weight = len(y[shard]) / len(y)
+                    noise = partial(normal_noise, x, generator, shard)
+                    from_loop = {"epoch": epoch, "noise": noise, "all_reduce": distributed.all_reduce}
+                    from_loop = {name: from_loop[name] for name in method.get("loop_arguments", ())}
+                    _, metrics = method["step"](
+                        **fast, optimizer=optimizer, x=x[shard], y=y[shard], start=start[shard],
+                        **settings_of_step, **from_loop,
+                    )  # fmt: skip
+                    distributed.average_buffers(networks)
+                    if ema is not None:
+                        first_update = epoch == 1 and not history
+                        update_ema(ema, networks["target"], 0.0 if first_update else settings["ema"])
+                    history.append(len(y[shard]) * torch.stack([*metrics.values()]))  # stays on the device
+                    progress.update(len(y), f"epoch {epoch}/{epochs}")
+
+            (history,) = distributed.all_reduce(torch.stack(history))  # (updates, metrics), sums over images
+            history = history.cpu().double()  # the first read from the device in this epoch
+            check_finite(history[:, 0], networks, epoch)
+            seconds = time.perf_counter() - began
+            row = {"epoch": epoch, "lr": lr, **dict(zip(metrics, (history.sum(0) / count).tolist(), strict=True))}
+            if epoch % settings["eval_every"] == 0 or epoch == epochs:
+                row.update(measure(networks, images, settings))
+            row.update(seconds=seconds, images_per_second=count / seconds)
+            best = row.get("val_pgd", -1) > max((past.get("val_pgd", -1) for past in log), default=-1)
+            keep = settings["keep_from"] is not None and epoch >= settings["keep_from"]
+            state = {role: model.state_dict() for role, model in networks.items()}
+            if ema is not None:
+                state["ema"] = ema.state_dict()
+            state["optimizer"] = optimizer.state_dict()
+            content = {**state, **identity, "epoch": epoch, "log": [*log, row]}
+            distributed.run_on_rank0(checkpoints.save_run, run_dir, content, config, best=best, keep=keep)
+            log.append(row)
+            progress.write(report(row, epochs))
+    return log
+
+
+def normal_noise(x, generator, shard, k):
+    """N(0, 1) of the shape of the batch x for its k-th PGD step, from the update's generator: this rank's part."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)[shard]
+
+
+def check_finite(losses, networks, epoch):
+    """Raises UserError if one of the epoch's losses (updates,), or a weight, is not finite."""
+    bad = (~losses.isfinite()).nonzero().flatten()
+    if len(bad):
+        problem = f"the loss is not finite in update {int(bad[0]) + 1} of epoch {epoch}"
+    elif not torch.stack([p.isfinite().all() for model in networks.values() for p in model.parameters()]).all():
+        problem = f"a weight is not finite after epoch {epoch}"
+    else:
+        return
+    raise UserError(f"{problem}: this epoch is not saved; try a smaller --lr, or --precision fp32")
 
 
 def measure(networks, images, settings):
-    """Accuracies in eval mode: clean on the test images, clean and under PGD-10 on the held-out ones."""
-    row = {"test_acc": accuracy(networks["target"], images["test"], "clean", settings)}
-    if "guide" in networks:
-        row["guide_test_acc"] = accuracy(networks["guide"], images["test"], "clean", settings)
+    """Accuracies in eval mode and float32: of each network on clean test images and on as many training images, not
+    augmented; of the target on held-out images, clean and under PGD-10."""
+    row = {}
+    size = min(len(images["test"].y), len(images["train"].y))
+    seen = class_balanced_subset(images["train"], size, settings["seed"])
+    for role, prefix in (("target", ""), ("guide", "guide_")):
+        if role in networks:
+            row[f"{prefix}test_acc"] = accuracy(networks[role], images["test"], "clean", settings)
+            row[f"{prefix}train_acc"] = accuracy(networks[role], seen, "clean", settings)
     if "val" in images:
         row["val_clean"] = accuracy(networks["target"], images["val"], "clean", settings)
         row["val_pgd"] = accuracy(networks["target"], images["val"], "pgd10", settings)
@@ -269,124 +335,52 @@ def measure(networks, images, settings):
 
 
 def accuracy(model, images, attack, settings):
-    """The share of the images classified as their label under `attack`, every process attacking its part of them."""
-    own = torch.zeros(len(images.y), dtype=torch.bool)
-    own[engine.own(len(own))] = True
-    budget = {name: settings[name] for name in ("epsilon", "step_size", "seed")}
-    stands = robust(model, images, attack, **budget, batch_size=256, found=begin(own))
-    (hits,) = sum_over_processes((stands & own).sum())
-    return int(hits) / len(own)
+    """The share of images that are classified as their label under `attack`. Each rank attacks its part of them."""
+    indices = torch.arange(len(images.y))[distributed.shard(len(images.y))]
+    attack_settings = {name: settings[name] for name in ("epsilon", "step_size", "seed")}
+    correct = still_correct(model, images, attack, **attack_settings, batch_size=256, indices=indices)
+    (hits,) = distributed.all_reduce(correct.sum())
+    return int(hits) / len(images.y)
 
 
-def train(settings, out, device, former=None):
-    """Trains as `settings` say, an epoch at a time, into the folder `out`; `former` is its checkpoint to go on from.
-    Returns the log, one dict per epoch.
-
-    After each epoch, and after the update in which a signal comes, `last.pt` and then `log.jsonl` are replaced, each
-    whole; `best.pt` is the `last.pt` with the best accuracy under PGD on the held-out images; at the end `weights.pt`
-    is the target's state_dict. Raises Stopped after a signal.
-    """
-    images = engine.one_by_one(lambda: prepare_images(settings, device))
-    classes, count, epochs = images["train"].classes, len(images["train"].y), settings["epochs"]
-    updates = math.ceil(count / settings["batch_size"])
-    engine.check_batches(count, settings["batch_size"])
-    networks, optimizer = prepare_networks(settings, len(classes), device)
-    fast = {role: Fast(model, settings["precision"] == "bf16", settings["compile"]) for role, model in networks.items()}
-    averaged = None
-    if settings["ema"]:
-        averaged = AveragedModel(
-            networks["target"], multi_avg_fn=get_ema_multi_avg_fn(settings["ema"]), use_buffers=True
-        )
-    log, done = [], {"step": 0, "totals": {}, "seconds": 0.0}
-    write = lambda function, *args: engine.agree(lambda: function(*args), turn=engine.rank() == 0)
-    sizes, origin = {split: len(found.y) for split, found in images.items()}, provenance(device)
-    if former is None:
-        config = {"settings": settings, "classes": classes, "images": sizes, "processes": engine.count(), **origin}
-        write(write_text, out / "config.json", json.dumps(config, indent=1) + "\n")
-    else:
-        check_classes(former["classes"], classes, f"{out} was trained on")
-        engine.restore(former, networks, averaged, optimizer)
-        log, done = former["log"], {name: former[name] for name in done}
-        # The totals are those of all processes: the first one takes them over.
-        done["totals"] = {name: total.to(device) * (engine.rank() == 0) for name, total in done["totals"].items()}
-        write(engine.write_log, out, log)
-
-    print(f"{out}: {', '.join(f'{n} {split}' for split, n in sizes.items())} images, {origin['device']}")
-    print("  ".join(f"{name} {_shown(value)}" for name, value in settings.items()))
-    seen = count * len(log) + settings["batch_size"] * done["step"]
-    bar = tqdm(total=epochs * count, initial=seen, unit="img", unit_scale=True, disable=None, smoothing=0.05)
-    with bar, engine.Stop() as stop:
-        for epoch in range(len(log) + 1, epochs + 1):
-            bar.set_description(f"epoch {epoch}/{epochs}")
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch)
-            began = time.perf_counter()
-            with tf32(settings["precision"] == "tf32"):
-                bad = train_epoch(fast, averaged, optimizer, images["train"], settings, epoch, done, bar, stop)
-            engine.check_finite(bad, networks, epoch, done["step"])
-            done["seconds"] += time.perf_counter() - began
-            done["totals"] = dict(zip(done["totals"], sum_over_processes(*done["totals"].values()), strict=True))
-            best = False
-            if whole := done["step"] == updates:
-                row = {"epoch": epoch, "lr": lr, **{name: float(t) / count for name, t in done["totals"].items()}}
-                if epoch % settings["eval_every"] == 0 or epoch == epochs:
-                    row.update(measure(networks, images, settings))
-                best = "val_pgd" in row and row["val_pgd"] > max((past.get("val_pgd", -1) for past in log), default=-1)
-                log.append({**row, "seconds": done["seconds"], "images_per_second": count / done["seconds"]})
-                done = {"step": 0, "totals": {}, "seconds": 0.0}
-            content = {**engine.state(networks, averaged, optimizer), "epoch": len(log), **done}
-            write(engine.save, out, {**content, "settings": settings, "classes": classes, "log": log}, best)
-            if whole:
-                bar.write(report(log[-1], epochs))
-            if stop.asked() and len(log) < epochs:
-                where = f"after epoch {epoch}" if whole else f"after update {done['step']} of epoch {epoch}"
-                raise Stopped(stop.signal, f"saved {where}; to go on, add --out {out} --resume")
-    write(checkpoints.save, out / "weights.pt", networks["target"].state_dict())
-    return log
+def check_same_images(checkpoint, identity):
+    """Raises UserError if the checkpoint's run had other classes or other images."""
+    check_classes(checkpoint["classes"], identity["classes"], "the run")
+    for split, sha256 in identity["images"].items():
+        if checkpoint["images"].get(split) != sha256:
+            raise UserError(f"the {split} images are not those of the run: to resume, bring back the same files")
 
 
-def check_settings(own, path):
-    """Raises UserError where the settings in the checkpoint `path` are not those that this program would train with."""
-    method = str(own.get("method"))
-    if method not in METHODS:
-        raise UserError(f"{path} is of a method called {method}, which is not among {', '.join(METHODS)}")
-    expected, _ = resolve({name: str(own.get(name)) for name in ("method", "dataset", "target", "preset")})
-    kind = lambda value: object if value is None else (int, float) if isinstance(value, (int, float)) else type(value)
-    if missing := checkpoints.lacking(own, {name: kind(value) for name, value in expected.items()}):
-        raise UserError(f"{path} has no {', '.join(missing)} that this version of the program can use")
-    for role in {"target", "guide"} & expected.keys():
-        network_name(own[role])
-
-
-def resume(former, out, typed):
-    """The settings of the run in `out`; the epochs alone may be other ones, and then leave the rest of the schedule as
-    it is. Raises UserError for any other typed flag that differs from the run's, and for epochs that are past."""
-    own = former["settings"]
-    check_settings(own, out / "last.pt")
-    for name, value in typed.items():
-        if name != "epochs" and own.get(name) != value:
-            raise UserError(f"the run in {out} has {name} {own.get(name)}, not {value}: to resume, leave that flag out")
-    epochs = typed.get("epochs", own["epochs"])
-    if epochs < former["epoch"] + (former["step"] > 0):
-        raise UserError(f"the run in {out} is beyond epoch {epochs}: to resume, give more --epochs")
-    return {**own, "epochs": epochs}
-
-
-def _shown(value):
-    if isinstance(value, list):
-        return " ".join(f"{item[1]:g}@{item[0]}" if isinstance(item, tuple) else str(item) for item in value)
-    return f"{value:.5g}" if isinstance(value, float) else value
+def print_start(settings, images, run_dir, config):
+    """Says where the run is, its images, device and settings, and warns of what is likely a mistake."""
+    sizes = ", ".join(f"{n} {split}" for split, n in config["images"].items())
+    print(f"{run_dir}: {sizes} images, {config['device']}")
+    shown = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
+    words = [f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
+    lines = textwrap.wrap("  ".join(word.replace(" ", "\0") for word in words), 100, break_on_hyphens=False)
+    print("\n".join(lines).replace("\0", " "))
+    rates = {first: settings["lr"] * factor for first, factor in settings["milestones"]}
+    rates = [f"{rate:.4g}" if first == 1 else f"from epoch {first} {rate:.4g}" for first, rate in rates.items()]
+    print(f"lr {', '.join(rates)}")
+    for epoch in settings["lr_milestones"] or []:
+        if epoch > settings["epochs"]:
+            print(f"warning: --lr-milestones {epoch} lies beyond the last epoch, {settings['epochs']}")
+    for name, n in zip(config["classes"], images["train"].y.bincount(minlength=len(config["classes"])), strict=True):
+        if n < 10:
+            print(f"warning: class '{name}' has only {n} training images")
 
 
 def report(row, epochs):
-    """An epoch's figures as one line for people."""
-    line = f"epoch {row['epoch']:3}/{epochs}  lr {row['lr']:<7.5g} loss {row['loss']:7.4f}"
-    for name in ("label_acc", "adv_acc", "test_acc", "guide_test_acc"):
+    """An epoch's metrics as one line of less than 100 columns."""
+    line = f"epoch {row['epoch']:3}/{epochs}  lr {row['lr']:<6.4g}  loss {row['loss']:7.4f}"
+    for name in ("label_acc" if "label_acc" in row else "adv_acc", "test_acc", "guide_test_acc"):
         if name in row:
             line += f"  {name} {row[name]:6.2%}"
-    return line + f"  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+    return line + f"  {row['seconds']:.1f} s"
 
 
 def network_name(text):
+    """An argparse type: the name of a network that exists."""
     try:
         with torch.device("meta"):
             build_model(text, 10)
@@ -395,121 +389,203 @@ def network_name(text):
     return text
 
 
-def published(setting):
-    """The methods' own defaults of a setting, for --help: read from METHODS, so that they cannot differ."""
-    methods = {}
-    for name, method in METHODS.items():
-        places = {place: own[setting] for place, own in method.get("where", {}).items() if setting in own}
-        places.pop("release", None)  # said once, not for every method
-        if setting in method or places:
-            value = f"{method[setting]:.3g}" if setting in method else ""
-            value += "".join(f" ({place}: {special:.3g})" for place, special in places.items())
-            methods.setdefault(value, []).append(name)
-    return ", ".join(f"{' '.join(names)} {value}" for value, names in methods.items())
-
-
-def parser():
-    p = Parser(prog="train_dynat.py", description=__doc__)
-    add = p.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, help="default: cifar10; tiny is made up, no download")
-    add("--data-dir", metavar="D", help="where CIFAR is or goes (default: data), or a folder with train/ and test/")
-    add("--train-images", type=bounded(int, 2), metavar="N", help="a class-balanced subset (default: all)")
-    add = p.add_argument_group("networks").add_argument
-    add("--target", type=network_name, metavar="NAME", help=f"{NAMES} (default: wrn34-10, the paper; tiny: cnn)")
-    add("--guide", type=network_name, metavar="NAME",
-        help="default: resnet18, the paper; resnet18-lbgat, its release and LBGAT's; tiny: cnn")  # fmt: skip
-    add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, metavar="M",
-        help=f"{', '.join(METHODS)} (default: dynat)")  # fmt: skip
-    add("--preset", choices=("paper", "release"),
-        help="whose settings, where the paper's text and its authors' release differ (default: paper)")  # fmt: skip
-    add("--beta", type=bounded(number, 0),
-        help="Eq. (6)'s weight of the target's loss (default: 1, the paper; its AWP rows: 0.2 on cifar100 and in the "
-        "release)")  # fmt: skip
-    add("--kl-weight", type=bounded(number, 0), metavar="W",
-        help=f"of the KL term (default: {published('kl_weight')}; the releases)")  # fmt: skip
-    add("--awp-gamma", type=bounded(number, 0), metavar="G",
-        help=f"size of the weight perturbation, relative to the weights (default: {published('awp_gamma')}; the "
-        "releases)")  # fmt: skip
-    add("--awp-start", type=bounded(int, 1), metavar="EPOCH",
-        help=f"the first with perturbed weights (default: {published('awp_start')}; the releases)")  # fmt: skip
-    add("--burn-in", type=bounded(int, 0), metavar="N",
-        help=f"epochs before instances are weighted (default: {published('burn_in')}; the paper, the "
-        "releases)")  # fmt: skip
-    add("--label-smoothing", type=bounded(number, 0, 1), metavar="A",
-        help=f"of the target's labels (default: {published('label_smoothing')}; the paper)")  # fmt: skip
-    add("--no-clean-forward", dest="clean_forward", action="store_false", default=None,
-        help="keep clean images out of the target's BatchNorm (default: they enter it, the release)")  # fmt: skip
-    add = p.add_argument_group("attack").add_argument
-    add("--epsilon", type=bounded(number, 0, 1),
-        help="radius in units of pixels in [0, 1] (default: 0.031, the paper; "
-        f"{published('epsilon')}; the releases)")  # fmt: skip
-    add("--step-size", type=bounded(number, 0, 1),
-        help=f"default: 2/255, the paper; 0.007, its release; {published('step_size')}; the releases")  # fmt: skip
-    add("--steps", type=bounded(int, 1, 1000), help="default: 10, the release")
-    add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=bounded(int, 1),
-        help=f"default: {published('epochs')}; the releases; tiny: 10. Every epoch number of a schedule scales with "
-        "it, unless typed")  # fmt: skip
-    add("--batch-size", type=bounded(int, 1), help="default: 128, the paper; tiny: 32")
-    add("--lr", type=bounded(number, 0), help=f"default: 0.1; {published('lr')}; the releases")
-    add("--lr-milestones", type=bounded(int, 1), nargs="+", metavar="EPOCH",
-        help="divide lr by 10 at each (default: dynat x0.2 in epoch 1, drops at 76 and 91; every method as its "
-        "release; the run prints it)")  # fmt: skip
-    add("--momentum", type=bounded(number, 0, 1), help="default: 0.9, the release")
-    add("--weight-decay", type=bounded(number, 0),
-        help=f"default: 2e-4; {published('weight_decay')}; the releases")  # fmt: skip
-    add = p.add_argument_group("run").add_argument
-    add("--seed", type=bounded(int, 0), help="of networks, order, crops, flips and starts (default: 1)")
-    add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    add("--deterministic", action=BooleanOptionalAction,
-        help="same seed, same device, same bytes (default); --no-deterministic may be faster on a GPU")  # fmt: skip
-    add("--precision", choices=("fp32", "tf32", "bf16"),
-        help="of the networks in training; losses, images and what is measured stay float32 (default: "
-        "fp32)")  # fmt: skip
-    add("--compile", action="store_true", default=None,
-        help="torch.compile, and on a GPU the attack as a CUDA graph: slow to start, fast then (default: "
-        "off)")  # fmt: skip
-    add("--sync-bn", action="store_true", default=None,
-        help="under torchrun, on GPUs: BatchNorm over all processes' images (default: each over its own)")  # fmt: skip
-    add("--eval-every", type=bounded(int, 1), metavar="N",
-        help="test, and validate, after each N epochs and the last (default: 1)")  # fmt: skip
-    add("--val-images", type=bounded(int, 0), metavar="N",
-        help="hold out N training images, class-balanced, and keep best.pt by PGD-10 on them (default: 0)")  # fmt: skip
-    add("--ema", type=bounded(number, 0, 1), metavar="DECAY",
-        help="keep an average of the target's weights as well, 0.999 or so (default: 0, none)")  # fmt: skip
-    add("--out", type=Path, metavar="DIR", help="default: runs/<method>-<dataset>-<target>-s<seed>, and what differs")
-    add("--resume", action="store_true", default=None,
-        help="go on with the run in --out, or start it; other flags are the run's, --epochs may differ")  # fmt: skip
+def deciding_parser():
+    """The flags that decide what the others default to."""
+    p = Parser(add_help=False)
+    add = p.add_argument_group("what is trained, and where").add_argument
+    add("--method", choices=METHODS, metavar="M", default="dynat", help=", ".join(METHODS))
+    add("--dataset", choices=DATASETS, default="cifar10", help="tiny is made up, no download")
+    add("--target", type=network_name, metavar="NAME", help=NAMES)
+    add("--preset", choices=("paper", "release"), default="paper",
+        help="whose settings, where the paper and its authors' release differ")  # fmt: skip
+    add("--epochs", type=in_range(int, 1), metavar="N", help="the schedule scales with it, unless typed")
+    add("--out", type=Path, metavar="DIR", help="default: runs/<method>-<dataset>-<target>-s<seed>-<what differs>")
+    add("--resume", action="store_true",
+        help="continue the run in --out, or start it; only --epochs and --data-dir may differ")  # fmt: skip
     return p
 
 
-@command
+def full_parser(defaults):
+    """Every flag. Its default is that of `defaults`; a flag that is not among them is hidden: the method does not use
+    it."""
+    p = Parser(prog="train_dynat.py", description=__doc__, parents=[deciding_parser()])
+
+    defaults = {**defaults, "device": None}
+
+    def group(title):
+        add_argument = p.add_argument_group(title).add_argument
+
+        def add(flag, name=None, **kwargs):
+            name = name or flag.removeprefix("--").replace("-", "_")
+            kwargs["help"] = kwargs["help"] if name in defaults else SUPPRESS
+            add_argument(flag, dest=name, **kwargs)
+
+        return add
+
+    add = group("data")
+    add("--data-dir", metavar="D", help="where CIFAR is or goes, or a folder with train/ and test/")
+    add("--train-images", type=in_range(int, 2), metavar="N", help="train on a class-balanced subset")
+    add("--val-images", type=in_range(int, 0), metavar="N",
+        help="hold out N training images, class-balanced, and keep best.pt by PGD-10 on them")  # fmt: skip
+    add = group("method")
+    add("--guide", type=network_name, metavar="NAME", help="a network, as --target")
+    add("--static-labels", action="store_true", help="the ground truth in the place of the dynamic labels")
+    add("--beta", type=in_range(parse_fraction, 0), help="weight of the target's loss, Eq. (6)")
+    add("--kl-weight", type=in_range(parse_fraction, 0), metavar="W", help="weight of the KL term")
+    add("--awp-gamma", type=in_range(parse_fraction, 0), metavar="G",
+        help="size of the weight perturbation, relative to the weights")  # fmt: skip
+    add("--awp-start", type=in_range(int, 1), metavar="EPOCH", help="the first with perturbed weights")
+    add("--burn-in", type=in_range(int, 0), metavar="N", help="epochs before instances are weighted")
+    add("--label-smoothing", type=in_range(parse_fraction, 0, 1), metavar="A", help="of the target's labels")
+    add("--no-clean-forward", name="clean_forward", action="store_false",
+        help="keep clean images out of the target's BatchNorm")  # fmt: skip
+    add = group("attack")
+    add("--epsilon", type=in_range(parse_fraction, 0, 1), help="radius in units of pixels in [0, 1], as 8/255")
+    add("--step-size", type=in_range(parse_fraction, 0, 1), help="of PGD, in the same units")
+    add("--steps", type=in_range(int, 1, 1000), help="of PGD")
+    add = group("optimisation")
+    add("--batch-size", type=in_range(int, 1), help="of all processes together")
+    add("--lr", type=in_range(parse_fraction, 0), help="learning rate before the schedule's factors")
+    add("--lr-milestones", type=in_range(int, 1), nargs="+", metavar="EPOCH",
+        help="divide lr by 10 at each, in the place of the method's own schedule")  # fmt: skip
+    add("--momentum", type=in_range(parse_fraction, 0, 1), help="of SGD")
+    add("--weight-decay", type=in_range(parse_fraction, 0), help="of all weights")
+    add("--ema", type=in_range(parse_fraction, 0, 1), metavar="DECAY",
+        help="keep an exponential moving average of the target as well; 0: none")  # fmt: skip
+    add = group("run")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    add("--seed", type=in_range(int, 0), help="of networks, order, crops, flips and starts")
+    add("--deterministic", action=BooleanOptionalAction,
+        help="same seed, same device, same bytes (the default); --no-deterministic may be faster on a GPU")  # fmt: skip
+    add("--precision", choices=("fp32", "tf32", "bf16"),
+        help="of the networks in training; losses, images and what is measured stay float32")  # fmt: skip
+    add("--compile", action="store_true",
+        help="torch.compile, and on a GPU the attack as a CUDA graph: slow to start, fast then")  # fmt: skip
+    add("--sync-bn", action="store_true", help="under torchrun on GPUs: BatchNorm over the images of all processes")
+    add("--eval-every", type=in_range(int, 1), metavar="N", help="measure after each N epochs and the last")
+    add("--keep-from", type=in_range(int, 1), metavar="N", help="keep the networks of each epoch from N on")
+    p.set_defaults(**defaults)
+    return p
+
+
+def parse(argv, settings=None):
+    """(every setting of the run, the other arguments, the parser that knows the defaults). The defaults are those of
+    the method, or the `settings` of a run that is continued. Raises UserError for a flag that the method cannot use."""
+    first, _ = deciding_parser().parse_known_args(argv)
+    if settings is None:
+        settings = default_settings(first.method, first.dataset, first.preset, first.target, first.epochs)
+    parser = full_parser(settings)
+    args = vars(parser.parse_args(argv))
+    others = {name: args.pop(name) for name in ("out", "resume", "device")}
+    for name in args.keys() - settings.keys():
+        unused = args.pop(name)
+        if unused != parser.get_default(name):
+            flag = "no-clean-forward" if name == "clean_forward" else name.replace("_", "-")
+            raise UserError(f"--method {args['method']} does not use --{flag}: leave it out")
+    if args["lr_milestones"] is not None:
+        drops = enumerate(sorted(args["lr_milestones"]), start=1)
+        args["milestones"] = [(1, 1.0)] + [(first, 10.0**-drop) for drop, first in drops]
+    if args["data_dir"] is not None:
+        args["data_dir"] = str(Path(args["data_dir"]).resolve())
+    return args, others, parser
+
+
+def default_run_dir(settings, parser):
+    """runs/ and a name of what differs from the method's defaults."""
+    name = "-".join([settings["method"], settings["dataset"], settings["target"], f"s{settings['seed']}"])
+    left_out = ("method", "dataset", "target", "seed")  # they are in it already
+    left_out += ("data_dir", "eval_every", "keep_from", "deterministic")  # no weights depend on them
+    left_out += ("milestones",)  # they follow from other settings
+    for setting, value in settings.items():
+        if setting in left_out or value == parser.get_default(setting):
+            continue
+        flag = setting.replace("_", "-")
+        if isinstance(value, bool):
+            name += f"-{flag}" if value else f"-no-{flag}"
+        else:
+            values = value if isinstance(value, list) else [value]
+            name += f"-{flag}-" + "-".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+    return Path("runs") / name
+
+
+def resumed_settings(checkpoint, argv, run_dir):
+    """The settings of the run in `run_dir`, continued by the flags `argv`. Another --epochs leaves the schedule as it
+    is. Raises UserError for any other flag that differs, for epochs that are past, and for settings that this version
+    of the program would not train with."""
+    before = checkpoint["settings"]
+    check_settings(before, run_dir / "last.pt")
+    settings, _, _ = parse(argv, before)
+    for name, value in settings.items():
+        if name not in ("epochs", "data_dir") and value != before[name]:
+            word = name.replace("_", " ")
+            raise UserError(f"the {word} of the run in {run_dir} was {before[name]}, is {value}: leave that flag out")
+    if settings["epochs"] < checkpoint["epoch"]:
+        raise UserError(f"the run in {run_dir} has {checkpoint['epoch']} epochs already: give more --epochs")
+    return settings
+
+
+def check_device(settings, device):
+    """Raises UserError for a flag that this device, or another flag, does not go with."""
+    if device.type != "cuda":
+        for flag, used in (("--sync-bn", settings["sync_bn"]), ("--precision tf32", settings["precision"] == "tf32")):
+            if used:
+                raise UserError(f"{flag} needs an NVIDIA GPU: leave it out")
+    if settings["sync_bn"] and settings["compile"]:
+        raise UserError("--sync-bn synchronises the GPU in every forward, which --compile cannot capture: choose one")
+
+
+def check_settings(settings, path):
+    """Raises UserError unless `settings`, from the checkpoint `path`, are such as the command line can give."""
+    if settings.get("method") not in METHODS:
+        raise UserError(f"{path} is of a method called {settings.get('method')}: choose from {', '.join(METHODS)}")
+    text = {name: str(settings.get(name)) for name in ("method", "dataset", "preset", "target")}
+    expected = default_settings(**text)
+    kind = lambda v: object if v is None else (int, float) if type(v) in (int, float) else type(v)
+    missing = checkpoints.missing_keys(settings, {name: kind(value) for name, value in expected.items()})
+    missing += [name for name, value in expected.items() if value is None and name not in settings]
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)} that this version of the program can use")
+    numbers = {name: value for name, value in settings.items() if type(value) in (int, float, str)}
+    words = [word for name, value in numbers.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    try:
+        full_parser(expected).parse_known_args(words)
+    except UserError as error:
+        raise UserError(f"{path} holds a setting that cannot be: {error}") from None
+
+
+@exit_status
 def main(argv):
-    typed = {name: value for name, value in vars(parser().parse_args(argv)).items() if value is not None}
-    out, device, resuming = (typed.pop(name, None) for name in ("out", "device", "resume"))
-    settings, named = resolve(typed)
-    out = out or named
+    first, _ = deciding_parser().parse_known_args(argv)
+    before = None
+    if first.resume and first.out and (first.out / "last.pt").exists():
+        before = checkpoints.load_run(first.out / "last.pt")["settings"]
+        check_settings(before, first.out / "last.pt")
+    settings, others, parser = parse(argv, before)
+    run_dir = first.out or default_run_dir(settings, parser)
+    shorter = default_run_dir({**settings, "epochs": parser.get_default("epochs")}, parser)
+    if first.resume and not first.out and not run_dir.exists() and shorter.exists():
+        run_dir = shorter  # a run of the default number of epochs, which is to have more
     with ExitStack() as stack:
-        device = stack.enter_context(engine.processes(device))
-        former = engine.from_first(lambda: stack.enter_context(engine.claimed(out, resuming)))
-        if former is not None:
-            settings = resume(former, out, typed)
-        for flag, used, what in (
-            ("--sync-bn", settings["sync_bn"], "torch's SyncBatchNorm"),
-            ("--precision tf32", settings["precision"] == "tf32", "a mode of NVIDIA's"),
-        ):
-            if used and device.type != "cuda":
-                raise UserError(f"{flag} is {what} that needs GPUs: leave it out")
-        full_float32()
-        deterministic(settings["deterministic"])
+        device = stack.enter_context(distributed.process_group(others["device"]))
+        check_device(settings, device)
+        checkpoint = distributed.run_on_rank0(
+            lambda: stack.enter_context(checkpoints.claim_run_dir(run_dir, first.resume))
+        )
+        if checkpoint is not None:
+            settings = resumed_settings(checkpoint, argv, run_dir)
+        elif first.resume:
+            print(f"note: no run in {run_dir} yet: starting it")
+        deterministic = settings["deterministic"]
+        stack.enter_context(numerics(deterministic=deterministic, benchmark=not deterministic))
         try:
-            train(settings, out, device, former)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"to go on after the last save, add --out {out} --resume") from None
-        networks = ["--network", "target,guide"] if "guide" in settings else []
-        print(f"\nThe target's weights are in {out / 'weights.pt'}. Attack what was trained with")
-        print(shlex.join(["python", "evaluate.py", str(out / "last.pt"), *networks]))
+            train(settings, run_dir, device, checkpoint)
+        except (KeyboardInterrupt, BrokenPipeError) as stop:
+            raise type(stop)(checkpoints.what_is_saved(run_dir)) from None
+    networks = ["--network", "target,guide"] if "guide" in settings else []
+    picture = ["weak-to-strong" if "guide" in settings else "clean", str(run_dir), "--out", "picture.svg"]
+    print(f"\nThe target's weights are in {run_dir / 'weights.pt'}. Draw the run, attack its networks:")
+    print(shlex.join(["python", "figures.py", *picture]))
+    print(shlex.join(["python", "evaluate.py", str(run_dir / "last.pt"), *networks]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     CE(g(x), y) + beta * CE(f(x_adv), labels) + kl_weight * KL(f(x) || f(x_adv)),  f at w + gamma * v
 
 The paper's lambda = 0 and lambda = 1 are kl_weight. Source: DYNAT, AWP_dynat.py.
+
+To copy it away, take attacks.py and losses.py as well: nothing else but torch is needed.
 """
 
 from contextlib import nullcontext
@@ -10,9 +12,8 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from attacks import eval_mode, linf_pgd
+from attacks import eval_mode, linf_pgd, weight_perturbation
 from losses import dynamic_labels, guide_loss, kl_divergence, target_loss, trades_loss
-from variants.awp import weight_perturbation
 
 AWP_KL_WEIGHT = 6.0  # in the perturbation's own objective, whatever kl_weight is
 
@@ -20,14 +21,17 @@ AWP_KL_WEIGHT = 6.0  # in the perturbation's own objective, whatever kl_weight i
 def dynat_awp_step(
     target, guide, optimizer, x, y, start, *,
     inner, epsilon, step_size, steps, beta, kl_weight, awp_gamma, awp_start, epoch,
+    static_labels=False, all_reduce=None,
 ):  # fmt: skip
     """One update of CE(g(x), y) + beta * CE(f(x_adv), labels) + kl_weight * KL(f(x) || f(x_adv)) at perturbed weights.
 
-    Arguments as `dynat_step`. From epoch `awp_start` on, f's weights are perturbed by `awp_gamma` times their norm, up
-    the gradient of TRADES' loss on the ground truth: not of the loss being trained, as in the release.
+    From epoch `awp_start` on, f's weights are perturbed by `awp_gamma` times their norm, up the gradient of TRADES'
+    loss on the ground truth: as in the release, this is not the loss that is trained. Other arguments as `dynat_step`;
+    `all_reduce` as in `weight_perturbation`.
     """
     guide_logits = guide(x)  # (B, C)  train mode, once per update
-    labels = dynamic_labels(guide_logits)  # (B,)
+    decisions = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
+    labels = y if static_labels else decisions
 
     with eval_mode(target):
         if inner:  # Eq. (7)
@@ -38,10 +42,11 @@ def dynat_awp_step(
             objective = lambda logits: kl_divergence(clean_logits, logits).sum()
         x_adv = linf_pgd(target, x, start, objective, epsilon=epsilon, step_size=step_size, steps=steps)
 
-    worst = lambda: len(y) * trades_loss(target(x), target(x_adv), y, AWP_KL_WEIGHT)
-    with weight_perturbation(target, worst, awp_gamma) if epoch >= awp_start else nullcontext():
+    objective_of_weights = lambda: len(y) * trades_loss(target(x), target(x_adv), y, AWP_KL_WEIGHT)
+    perturbed = weight_perturbation(target, objective_of_weights, awp_gamma, all_reduce)
+    with perturbed if epoch >= awp_start else nullcontext():
         adv_logits = target(x_adv)  # (B, C)
-        with torch.set_grad_enabled(kl_weight > 0):  # else it only brings clean statistics into BatchNorm
+        with torch.set_grad_enabled(kl_weight > 0):  # else only for BatchNorm's statistics
             clean_logits = target(x)  # (B, C)
         loss_guide = guide_loss(guide_logits, y)
         loss_target = target_loss(adv_logits, labels)
@@ -53,22 +58,32 @@ def dynat_awp_step(
         "loss": loss.detach(),
         "loss_guide": loss_guide.detach(),
         "loss_target": loss_target.detach(),
-        "label_acc": (labels == y).float().mean(),
+        "label_acc": (decisions == y).float().mean(),
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 
 
 DYNAT_AWP = {
     "step": dynat_awp_step,
-    "start": "near",
-    "epochs": 100,
-    "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],
-    "kl_weight": 1.0,
-    "awp_gamma": 0.005,
-    "awp_start": 10,
-    "where": {
-        "cifar100": {"beta": 0.2},  # the paper's value is lost; this is its release's
-        "release": {"guide": "resnet18-lbgat", "step_size": 0.007, "beta": 0.2},
+    "start": "gaussian",
+    "loop_arguments": ("epoch", "all_reduce"),
+    "step_settings": {
+        "inner": False,
+        "static_labels": False,
+        "beta": 1.0,
+        "kl_weight": 1.0,
+        "awp_gamma": 0.005,
+        "awp_start": 10,
     },
+    "training": {
+        "guide": "resnet18",
+        "epochs": 100,
+        "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],
+    },
+    "for_dataset": {"cifar100": {"beta": 0.2}},  # the paper's value is lost; this is its release's
+    "for_preset": {"release": {"guide": "resnet18-lbgat", "step_size": 0.007, "beta": 0.2}},
 }
-METHODS = {"dynat-awp": {**DYNAT_AWP, "inner": False}, "dynat-inner-awp": {**DYNAT_AWP, "inner": True}}
+METHODS = {
+    "dynat-awp": DYNAT_AWP,
+    "dynat-inner-awp": {**DYNAT_AWP, "step_settings": {**DYNAT_AWP["step_settings"], "inner": True}},
+}

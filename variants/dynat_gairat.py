@@ -2,40 +2,42 @@
 
     CE(g(x), y) + beta * w * CE(f(x_adv), labels)
 
-Nobody has released them. They are GAIRAT's script with the guide's decision in the place of y: in the target's loss,
-smoothed as the paper says, and for Inner in the attack as well, whose by-product kappa is.
+No code for them has been published. This is GAIRAT's script with the dynamic label in the place of y: in the target's
+loss, smoothed as the paper says, and with Inner also in the attack, which counts kappa.
+
+To copy it away, take attacks.py and losses.py as well: nothing else but torch is needed.
 """
 
 import torch.nn.functional as F
 
-from attacks import eval_mode
+from attacks import counting_pgd, eval_mode
 from losses import dynamic_labels, gairat_weights, guide_loss
-from variants.gairat import geometry_pgd
 
 
 def dynat_gairat_step(
     target, guide, optimizer, x, y, start, *,
-    inner, epsilon, step_size, steps, beta, label_smoothing, burn_in, epoch,
+    inner, epsilon, step_size, steps, beta, label_smoothing, burn_in, epoch, static_labels=False, all_reduce=None,
 ):  # fmt: skip
     """One update of CE(g(x), y) + beta * w * CE(f(x_adv), labels), w = 1 during the first `burn_in` epochs.
 
-    inner             False: the attack, and kappa behind w, on the ground truth y. True: on the dynamic labels, Eq.
-                      (7).
-    label_smoothing   a: the target's labels are 1 - a + a / C at the label and a / C elsewhere; the attack's and the
-                      guide's stay hard.
+    inner             False: the attack and its kappa use the ground truth y. True: the dynamic labels, Eq. (7).
+    label_smoothing   a: the target's loss has 1 - a + a / C at the label and a / C elsewhere. The labels of the attack
+                      and of the guide's loss stay hard.
+    all_reduce        as in `gairat_weights`.
     Other arguments as `dynat_step`.
     """
     guide_logits = guide(x)  # (B, C)  train mode, once per update
-    labels = dynamic_labels(guide_logits)  # (B,)
+    decisions = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
+    labels = y if static_labels else decisions
 
     attacked = labels if inner else y
     with eval_mode(target):
-        x_adv, kappa = geometry_pgd(target, x, start, attacked, epsilon=epsilon, step_size=step_size, steps=steps)
+        x_adv, kappa = counting_pgd(target, x, start, attacked, epsilon=epsilon, step_size=step_size, steps=steps)
 
     adv_logits = target(x_adv)  # (B, C)
     losses = F.cross_entropy(adv_logits, labels, label_smoothing=label_smoothing, reduction="none")  # (B,)
     if epoch > burn_in:
-        losses = gairat_weights(kappa, steps) * losses
+        losses = gairat_weights(kappa, steps, all_reduce=all_reduce) * losses
     loss_guide = guide_loss(guide_logits, y)
     loss_target = losses.mean()
     loss = loss_guide + beta * loss_target
@@ -46,7 +48,7 @@ def dynat_gairat_step(
         "loss": loss.detach(),
         "loss_guide": loss_guide.detach(),
         "loss_target": loss_target.detach(),
-        "label_acc": (labels == y).float().mean(),
+        "label_acc": (decisions == y).float().mean(),
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 
@@ -54,12 +56,24 @@ def dynat_gairat_step(
 DYNAT_GAIRAT = {
     "step": dynat_gairat_step,
     "start": "uniform",
-    "epochs": 120,
-    "milestones": [(1, 1.0), (60, 0.1), (90, 0.01), (110, 0.005)],
-    "weight_decay": 5e-4,  # the paper, its exponent lost
-    "step_size": 0.007,
-    "label_smoothing": 0.2,  # the paper
-    "burn_in": 70,  # the paper
-    "where": {"release": {"guide": "resnet18-lbgat"}},
+    "loop_arguments": ("epoch", "all_reduce"),
+    "step_settings": {
+        "inner": False,
+        "static_labels": False,
+        "beta": 1.0,
+        "step_size": 0.007,
+        "label_smoothing": 0.2,  # the paper
+        "burn_in": 70,  # the paper
+    },
+    "training": {
+        "guide": "resnet18",
+        "epochs": 120,
+        "milestones": [(1, 1.0), (60, 0.1), (90, 0.01), (110, 0.005)],
+        "weight_decay": 5e-4,  # the paper, its exponent lost
+    },
+    "for_preset": {"release": {"guide": "resnet18-lbgat"}},
 }
-METHODS = {"dynat-gairat": {**DYNAT_GAIRAT, "inner": False}, "dynat-inner-gairat": {**DYNAT_GAIRAT, "inner": True}}
+METHODS = {
+    "dynat-gairat": DYNAT_GAIRAT,
+    "dynat-inner-gairat": {**DYNAT_GAIRAT, "step_settings": {**DYNAT_GAIRAT["step_settings"], "inner": True}},
+}

@@ -3,8 +3,10 @@ loss, with dynamic labels.
 
     CE(g(x), y) + beta * w * CE(f(x_adv), labels)
 
-Nobody has released them. They are MAIL-AT's script with the guide's decision in the place of y: in the target's loss
-and in the margin behind w, which takes the loss's label there; for Inner in the attack as well.
+No code for them has been published. This is MAIL-AT's script with the dynamic label in the place of y: in the target's
+loss, in the margin behind w, which takes the label of the loss there, and with Inner also in the attack.
+
+To copy it away, take attacks.py and losses.py as well: nothing else but torch is needed.
 """
 
 import torch.nn.functional as F
@@ -13,14 +15,18 @@ from attacks import eval_mode, linf_pgd
 from losses import dynamic_labels, guide_loss, mail_weights
 
 
-def dynat_mail_step(target, guide, optimizer, x, y, start, *, inner, epsilon, step_size, steps, beta, burn_in, epoch):
+def dynat_mail_step(
+    target, guide, optimizer, x, y, start, *,
+    inner, epsilon, step_size, steps, beta, burn_in, epoch, static_labels=False,
+):  # fmt: skip
     """One update of CE(g(x), y) + beta * w * CE(f(x_adv), labels), w = 1 during the first `burn_in` epochs.
 
-    inner   False: the attack on the ground truth y. True: on the dynamic labels, Eq. (7). The margin behind w is the
-            dynamic label's either way. Other arguments as `dynat_step`.
+    inner   False: the attack uses the ground truth y. True: the dynamic labels, Eq. (7). The margin behind w uses the
+            dynamic labels either way. Other arguments as `dynat_step`.
     """
     guide_logits = guide(x)  # (B, C)  train mode, once per update
-    labels = dynamic_labels(guide_logits)  # (B,)
+    decisions = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
+    labels = y if static_labels else decisions
 
     attacked = labels if inner else y
     with eval_mode(target):
@@ -41,20 +47,26 @@ def dynat_mail_step(target, guide, optimizer, x, y, start, *, inner, epsilon, st
         "loss": loss.detach(),
         "loss_guide": loss_guide.detach(),
         "loss_target": loss_target.detach(),
-        "label_acc": (labels == y).float().mean(),
+        "label_acc": (decisions == y).float().mean(),
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 
 
 DYNAT_MAIL = {
     "step": dynat_mail_step,
-    "start": "near",
-    "epochs": 100,  # MAIL's schedule, of which it reports this epoch
-    "lr": 0.01,
-    "milestones": [(1, 1.0), (76, 0.1), (91, 0.01), (101, 0.001)],
-    "weight_decay": 3.5e-3,
-    "step_size": 0.007,
-    "burn_in": 76,
-    "where": {"release": {"guide": "resnet18-lbgat"}},
+    "start": "gaussian",
+    "loop_arguments": ("epoch",),
+    "step_settings": {"inner": False, "static_labels": False, "beta": 1.0, "step_size": 0.007, "burn_in": 76},
+    "training": {
+        "guide": "resnet18",
+        "epochs": 100,  # MAIL's schedule up to the epoch that it reports
+        "lr": 0.01,
+        "milestones": [(1, 1.0), (76, 0.1), (91, 0.01), (101, 0.001)],
+        "weight_decay": 3.5e-3,
+    },
+    "for_preset": {"release": {"guide": "resnet18-lbgat"}},
 }
-METHODS = {"dynat-mail": {**DYNAT_MAIL, "inner": False}, "dynat-inner-mail": {**DYNAT_MAIL, "inner": True}}
+METHODS = {
+    "dynat-mail": DYNAT_MAIL,
+    "dynat-inner-mail": {**DYNAT_MAIL, "step_settings": {**DYNAT_MAIL["step_settings"], "inner": True}},
+}

@@ -1,6 +1,8 @@
 """FAT (Zhang et al., 2020): CE(f(x_adv), y) on friendly examples, whose attack stops soon after it succeeds.
 
 Source: Friendly-Adversarial-Training, FAT.py, earlystop.py.
+
+To copy it away, take attacks.py and losses.py as well: nothing else but torch is needed.
 """
 
 import torch
@@ -39,7 +41,6 @@ def fat_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, tau_m
     optimizer.step()
     return x_adv, {
         "loss": loss.detach(),
-        "loss_target": loss.detach(),
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 
@@ -48,9 +49,8 @@ METHODS = {
     "fat": {
         "step": fat_step,
         "start": "uniform",
-        "epochs": 120,
-        "milestones": [(1, 1.0), (60, 0.1), (90, 0.01), (110, 0.005)],
-        "step_size": 0.007,
-        "tau_milestones": [(1, 0), (51, 1), (91, 2)],
+        "loop_arguments": ("epoch", "noise"),
+        "step_settings": {"step_size": 0.007, "tau_milestones": [(1, 0), (51, 1), (91, 2)]},
+        "training": {"epochs": 120, "milestones": [(1, 1.0), (60, 0.1), (90, 0.01), (110, 0.005)]},
     }
 }

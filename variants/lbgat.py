@@ -1,6 +1,8 @@
 """LBGAT (Cui et al., 2021): CE(g(x), y) + (1/C) * |f(x_adv) - g(x)|^2 + kl_weight * KL(f(x) || f(x_adv)).
 
 Source: lbgat.py, train_lbgat_cifar100.py.
+
+To copy it away, take attacks.py and losses.py as well: nothing else but torch is needed.
 """
 
 import torch
@@ -23,7 +25,7 @@ def lbgat_step(target, guide, optimizer, x, y, start, *, epsilon, step_size, ste
         x_adv = linf_pgd(target, x, start, objective, epsilon=epsilon, step_size=step_size, steps=steps)
 
     adv_logits = target(x_adv)  # (B, C)
-    with torch.set_grad_enabled(kl_weight > 0):  # else it only brings clean statistics into BatchNorm
+    with torch.set_grad_enabled(kl_weight > 0):  # else only for BatchNorm's statistics
         clean_logits = target(x)  # (B, C)
     loss_guide = guide_loss(guide_logits, y)
     loss_target = logit_mse(adv_logits, guide_logits).mean()
@@ -44,12 +46,13 @@ def lbgat_step(target, guide, optimizer, x, y, start, *, epsilon, step_size, ste
 METHODS = {
     "lbgat": {
         "step": lbgat_step,
-        "start": "near",
-        "guide": "resnet18-lbgat",
-        "epochs": 100,
-        "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],
-        "step_size": 0.007,
-        "kl_weight": 0.0,
-        "where": {"cifar100": {"kl_weight": 6.0}},
+        "start": "gaussian",
+        "step_settings": {"step_size": 0.007, "kl_weight": 0.0},
+        "training": {
+            "guide": "resnet18-lbgat",
+            "epochs": 100,
+            "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],
+        },
+        "for_dataset": {"cifar100": {"kl_weight": 6.0}},
     }
 }

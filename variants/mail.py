@@ -1,6 +1,8 @@
 """MAIL-AT (Liu et al., 2021): w * CE(f(x_adv), y), w larger the smaller the probabilistic margin at x_adv.
 
 Source: MAIL, mail_loss.py, at_loss.py, with its ResNet-18's learning rate and weight decay.
+
+To copy it away, take attacks.py and losses.py as well: nothing else but torch is needed.
 """
 
 import torch.nn.functional as F
@@ -26,7 +28,6 @@ def mail_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, burn
     optimizer.step()
     return x_adv, {
         "loss": loss.detach(),
-        "loss_target": loss.detach(),
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 
@@ -34,12 +35,14 @@ def mail_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, burn
 METHODS = {
     "mail": {
         "step": mail_step,
-        "start": "near",
-        "epochs": 120,
-        "lr": 0.01,
-        "milestones": [(1, 1.0), (76, 0.1), (91, 0.01), (101, 0.001)],
-        "weight_decay": 3.5e-3,
-        "step_size": 0.007,
-        "burn_in": 76,
+        "start": "gaussian",
+        "loop_arguments": ("epoch",),
+        "step_settings": {"step_size": 0.007, "burn_in": 76},
+        "training": {
+            "epochs": 120,
+            "lr": 0.01,
+            "milestones": [(1, 1.0), (76, 0.1), (91, 0.01), (101, 0.001)],
+            "weight_decay": 3.5e-3,
+        },
     }
 }

@@ -1,6 +1,8 @@
 """MART (Wang et al., 2020): BCE(f(x_adv), y) + kl_weight * KL(f(x) || f(x_adv)) * (1 - p_y(x)).
 
 Source: mart.py, train_wideresnet.py, train_resnet.py.
+
+To copy it away, take attacks.py and losses.py as well: nothing else but torch is needed.
 """
 
 import torch.nn.functional as F
@@ -23,7 +25,6 @@ def mart_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, kl_w
     optimizer.step()
     return x_adv, {
         "loss": loss.detach(),
-        "loss_target": loss.detach(),
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 
@@ -31,12 +32,13 @@ def mart_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, kl_w
 METHODS = {
     "mart": {
         "step": mart_step,
-        "start": "near",
-        "epochs": 90,
-        "milestones": [(1, 1.0), (75, 0.1), (90, 0.01), (100, 0.001)],
-        "weight_decay": 7e-4,
-        "step_size": 0.007,
-        "kl_weight": 6.0,
-        "where": {"resnet18": {"epochs": 120, "lr": 0.01, "weight_decay": 3.5e-3, "kl_weight": 5.0}},
+        "start": "gaussian",
+        "step_settings": {"step_size": 0.007, "kl_weight": 6.0},
+        "training": {
+            "epochs": 90,
+            "milestones": [(1, 1.0), (75, 0.1), (90, 0.01), (100, 0.001)],
+            "weight_decay": 7e-4,
+        },
+        "for_target": {"resnet18": {"epochs": 120, "lr": 0.01, "weight_decay": 3.5e-3, "kl_weight": 5.0}},
     }
 }

@@ -1,6 +1,8 @@
 """SAT (Sitawarin et al., 2021): CE(f(x_adv), y) on examples whose difficulty grows with the epochs, a curriculum.
 
 Source: adv-exp, adv/adv_model.py, train_cifar.py. The release leaves its schedule open; this is its linear one.
+
+To copy it away, take attacks.py and losses.py as well: nothing else but torch is needed.
 """
 
 import torch.nn.functional as F
@@ -33,7 +35,6 @@ def sat_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, diffi
     optimizer.step()
     return x_adv, {
         "loss": loss.detach(),
-        "loss_target": loss.detach(),
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 
@@ -42,14 +43,19 @@ METHODS = {
     "sat": {
         "step": sat_step,
         "start": "uniform",
-        "epochs": 100,
-        "lr": 0.05,
-        "milestones": [(1, 1.0), (41, 0.1), (61, 0.01), (81, 0.001)],
-        "weight_decay": 5e-4,
-        "epsilon": 8 / 255,
-        "step_size": 2 / 255,
-        "difficulty": 0.4,
-        "easy_until": 30,
-        "hardest_from": 70,
+        "loop_arguments": ("epoch",),
+        "step_settings": {
+            "epsilon": 8 / 255,
+            "step_size": 2 / 255,
+            "difficulty": 0.4,
+            "easy_until": 30,
+            "hardest_from": 70,
+        },
+        "training": {
+            "epochs": 100,
+            "lr": 0.05,
+            "milestones": [(1, 1.0), (41, 0.1), (61, 0.01), (81, 0.001)],
+            "weight_decay": 5e-4,
+        },
     }
 }

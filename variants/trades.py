@@ -1,6 +1,8 @@
 """TRADES (Zhang et al., 2019): CE(f(x), y) + kl_weight * KL(f(x) || f(x_adv)), x_adv maximising the KL.
 
 Source: trades.py, train_trades_cifar10.py.
+
+To copy it away, take attacks.py and losses.py as well: nothing else but torch is needed.
 """
 
 import torch
@@ -20,7 +22,7 @@ def trades_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, kl
     clean_logits = target(x)  # (B, C)
     adv_logits = target(x_adv)  # (B, C)
     with torch.no_grad():
-        target(x)  # the release's second clean forward: the same logits, but once more into BatchNorm
+        target(x)  # the release's second clean forward: the same logits, but BatchNorm sees them again
 
     loss = trades_loss(clean_logits, adv_logits, y, kl_weight)
     optimizer.zero_grad()
@@ -28,7 +30,6 @@ def trades_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, kl
     optimizer.step()
     return x_adv, {
         "loss": loss.detach(),
-        "loss_target": loss.detach(),
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 
@@ -36,10 +37,8 @@ def trades_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, kl
 METHODS = {
     "trades": {
         "step": trades_step,
-        "start": "near",
-        "epochs": 76,
-        "milestones": [(1, 1.0), (75, 0.1), (90, 0.01), (100, 0.001)],
-        "step_size": 0.007,
-        "kl_weight": 6.0,
+        "start": "gaussian",
+        "step_settings": {"step_size": 0.007, "kl_weight": 6.0},
+        "training": {"epochs": 76, "milestones": [(1, 1.0), (75, 0.1), (90, 0.01), (100, 0.001)]},
     }
 }

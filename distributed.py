@@ -1,0 +1,144 @@
+"""Several processes under torchrun: each rank has a shard of every batch and its own copy of the networks.
+
+torch documents that DistributedDataParallel does not support `autograd.grad`, which attacks use. So gradients are
+all-reduced here, once per update, before `optimizer.step()`. In a single process every function here does nothing, or
+the obvious.
+"""
+
+import os
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+
+import torch
+import torch.distributed as dist
+
+from cli import UserError, pick_device, under_torchrun
+
+
+@contextmanager
+def process_group(name):
+    """This process's device; without a `name` a GPU if there is one. Under torchrun the ranks are connected inside the
+    `with` (gloo between CPUs, NCCL between GPUs), and only rank 0 prints.
+
+    Raises UserError if the device `name` cannot be used.
+    """
+    if not under_torchrun():
+        device = pick_device(name)
+        if name is None and device.type == "cpu":
+            print("no GPU found: training on the CPU")
+        yield device
+        return
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda:"):
+        raise UserError("under torchrun every process takes a GPU of its own: leave --device out, or say --device cuda")
+    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    if name == "cuda" and local_world_size > torch.cuda.device_count():
+        raise UserError(f"{local_world_size} processes, but only {torch.cuda.device_count()} GPUs: start fewer")
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    with ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
+        if rank() > 0:
+            devnull = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(devnull))
+            stack.enter_context(redirect_stderr(devnull))
+        yield device
+
+
+def rank():
+    """The number of this process; 0 for the first or only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shard(total):
+    """The slice of `total` images that belongs to this rank. The ranks' sizes differ by one at most."""
+    return slice(total * rank() // world_size(), total * (rank() + 1) // world_size())
+
+
+def check_batch_size(images, batch_size):
+    """Raises UserError if an epoch's last batch has fewer images than there are processes."""
+    smallest = images % batch_size or min(images, batch_size)
+    if smallest < world_size():
+        raise UserError(f"a batch of {smallest} images for {world_size()} processes: choose another --batch-size")
+
+
+def all_reduce(*tensors):
+    """The sum of each tensor over all ranks, in one exchange: new tensors of the same shapes. In a single process the
+    tensors themselves."""
+    if world_size() == 1:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    sizes = [tensor.numel() for tensor in tensors]
+    return [part.view(tensor.shape) for part, tensor in zip(flat.split(sizes), tensors, strict=True)]
+
+
+def on_every_rank(function, turn=True):
+    """`function()` on the ranks whose `turn` it is, None on the others. A mistake on one rank is raised on all, so that
+    no rank waits for another in vain."""
+    if world_size() == 1:
+        return function()
+    result, mistake = None, None
+    try:
+        result = function() if turn else None
+    except (UserError, OSError) as error:
+        mistake = str(error)
+    mistakes = [None] * world_size()
+    dist.all_gather_object(mistakes, mistake)
+    for mistake in filter(None, mistakes):
+        raise UserError(mistake)
+    return result
+
+
+def run_on_rank0(function, *args, **kwargs):
+    """`function(*args, **kwargs)` on rank 0 alone; its result, or its mistake, on all ranks."""
+    result = [on_every_rank(lambda: function(*args, **kwargs), turn=rank() == 0)]
+    if world_size() > 1:
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
+
+
+def first_rank_first(function):
+    """`function()` on every rank, on each machine's first rank before the others, which then find its downloads."""
+    if world_size() == 1:
+        return function()
+    first = os.environ["LOCAL_RANK"] == "0"
+    result = on_every_rank(function, turn=first)
+    others = on_every_rank(function, turn=not first)
+    return result if first else others
+
+
+class GradientReducer:
+    """Makes `optimizer.step()` use the gradient of the mean loss over the whole batch.
+
+    Each rank's gradient is of the mean over its own shard. Before each step they are added up, each times `weight`, the
+    rank's share of the batch, which the training loop sets. In a single process nothing happens.
+    """
+
+    def __init__(self, optimizer):
+        self.weight = 1.0
+        if world_size() > 1:
+            optimizer.register_step_pre_hook(self._reduce)
+
+    def _reduce(self, optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        totals = all_reduce(*(self.weight * gradient for gradient in gradients))
+        for gradient, total in zip(gradients, totals, strict=True):
+            gradient.copy_(total)
+
+
+def average_buffers(networks):
+    """BatchNorm normalises with each rank's own statistics, as under DataParallel in the releases. After each update
+    its running statistics become their mean over the ranks, so that all ranks keep the same networks."""
+    if world_size() == 1:
+        return
+    buffers = [b for model in networks.values() for b in model.buffers() if b.is_floating_point()]
+    if buffers:
+        for buffer, total in zip(buffers, all_reduce(*buffers), strict=True):
+            buffer.copy_(total / world_size())
