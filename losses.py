@@ -85,9 +85,7 @@ def probability_gap(logits: Tensor, labels: Tensor) -> Tensor:
     return _largest_other(p, labels) - p.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
-def gairat_weights(
-    kappa: Tensor, steps: int, shift: float = -1.0, all_reduce: Callable | None = None
-) -> Tensor:
+def gairat_weights(kappa: Tensor, steps: int, shift: float = -1.0, all_reduce: Callable | None = None) -> Tensor:
     """w = (1 + tanh(shift + 5 * (1 - 2 * kappa / steps))) / 2, divided by its mean over the batch.
 
     kappa (B,): how many of the attack's `steps` iterates were classified as the label. Few mean near the decision

@@ -144,6 +144,9 @@ METHODS = {
 ATTACK = {"epsilon": 0.031, "step_size": 2 / 255, "steps": 10}  # the paper's
 PAPER = {"target": "wrn34-10", "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4, **ATTACK}
 RUN = {
+    "method": "dynat",
+    "dataset": "cifar10",
+    "preset": "paper",
     "data_dir": None,
     "train_images": None,
     "val_images": 0,
@@ -173,19 +176,22 @@ def default_settings(method, dataset, preset, target=None, epochs=None):
     settings.update(tiny)
     if dataset.startswith("cifar"):
         settings["data_dir"] = "data"
-    scale_schedule(settings, (epochs or settings["epochs"]) / own_epochs)
-    return {"method": method, "dataset": dataset, "preset": preset, **settings}
+    scale_schedule(settings, epochs or settings["epochs"], own_epochs)
+    return settings
 
 
-def scale_schedule(settings, stretch):
-    """Moves every epoch number of the schedule to a run that is `stretch` times as long, in place."""
-    moved = lambda epoch: max(1, round(epoch * stretch)) if epoch > 1 else epoch
+def scale_schedule(settings, epochs, own_epochs):
+    """Moves the schedule of a method's own epochs to a run of `epochs`, in place: an epoch e > 1 becomes
+    1 + (e - 1) * epochs / own_epochs, rounded, at least 2. So a run of one epoch trains at the schedule's first rate."""
+    moved = lambda epoch: max(2, round(1 + (epoch - 1) * epochs / own_epochs)) if epoch > 1 else epoch
     for name in ("milestones", "tau_milestones"):
         if name in settings:
             settings[name] = [(moved(first), value) for first, value in settings[name]]
-    for name in ("awp_start", "easy_until", "hardest_from", "burn_in"):
+    for name in ("awp_start", "easy_until", "hardest_from"):
         if name in settings:
             settings[name] = moved(settings[name])
+    if "burn_in" in settings:
+        settings["burn_in"] = moved(settings["burn_in"] + 1) - 1  # the epoch after it is the first with weights
 
 
 def learning_rate(settings, epoch):
@@ -359,7 +365,8 @@ def print_start(settings, images, run_dir, config):
     words = [f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
     lines = textwrap.wrap("  ".join(word.replace(" ", "\0") for word in words), 100, break_on_hyphens=False)
     print("\n".join(lines).replace("\0", " "))
-    rates = {first: settings["lr"] * factor for first, factor in settings["milestones"]}
+    reached = [(first, factor) for first, factor in settings["milestones"] if first <= settings["epochs"]]
+    rates = {first: settings["lr"] * factor for first, factor in reached}
     rates = [f"{rate:.4g}" if first == 1 else f"from epoch {first} {rate:.4g}" for first, rate in rates.items()]
     print(f"lr {', '.join(rates)}")
     for epoch in settings["lr_milestones"] or []:
@@ -393,10 +400,10 @@ def deciding_parser():
     """The flags that decide what the others default to."""
     p = Parser(add_help=False)
     add = p.add_argument_group("what is trained, and where").add_argument
-    add("--method", choices=METHODS, metavar="M", default="dynat", help=", ".join(METHODS))
-    add("--dataset", choices=DATASETS, default="cifar10", help="tiny is made up, no download")
+    add("--method", choices=METHODS, metavar="M", default=RUN["method"], help=", ".join(METHODS))
+    add("--dataset", choices=DATASETS, default=RUN["dataset"], help="tiny is made up, no download")
     add("--target", type=network_name, metavar="NAME", help=NAMES)
-    add("--preset", choices=("paper", "release"), default="paper",
+    add("--preset", choices=("paper", "release"), default=RUN["preset"],
         help="whose settings, where the paper and its authors' release differ")  # fmt: skip
     add("--epochs", type=in_range(int, 1), metavar="N", help="the schedule scales with it, unless typed")
     add("--out", type=Path, metavar="DIR", help="default: runs/<method>-<dataset>-<target>-s<seed>-<what differs>")
