@@ -372,9 +372,10 @@ def print_start(settings, images, run_dir, config):
     for epoch in settings["lr_milestones"] or []:
         if epoch > settings["epochs"]:
             print(f"warning: --lr-milestones {epoch} lies beyond the last epoch, {settings['epochs']}")
-    for name, n in zip(config["classes"], images["train"].y.bincount(minlength=len(config["classes"])), strict=True):
-        if n < 10:
-            print(f"warning: class '{name}' has only {n} training images")
+    class_sizes = images["train"].y.bincount(minlength=len(config["classes"])).tolist()
+    if min(class_sizes) < 10:
+        smallest = config["classes"][class_sizes.index(min(class_sizes))]
+        print(f"warning: class '{smallest}' has only {min(class_sizes)} training images")
 
 
 def report(row, epochs):
