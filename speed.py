@@ -1,139 +1,111 @@
-"""What makes updates faster, around the networks: a step calls them as it always does and need not know.
-
-    fast = Fast(model, bf16=True, compiled=True)
-    logits = fast(x)                               # (B, C) float32, model(x) but for rounding
-
-The attack forwards one network ten times and asks for the images' gradient alone. So its network holds the weights as
-constants (a compiled one would compute their gradients as well), and in eval mode BatchNorm's scale and shift lie in
-the weights of the convolution before it.
-"""
+"""What makes training faster. `Fast` is bf16, torch.compile and a captured attack around a network: a step calls it as
+it calls the network itself. Then there are TF32, the memory layout, and the moving average of the weights (EMA)."""
 
 import copy
 from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
-def tf32(allowed):
-    """Inside the `with`, where it is `allowed`, NVIDIA GPUs multiply float32 numbers of TF32's 11 significant bits."""
-    parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    former = [part.fp32_precision for part in parts]
-    for part in parts:
-        part.fp32_precision = "tf32" if allowed else "ieee"
+def tf32(allowed: bool):
+    """Inside the `with`, if `allowed`, float32 convolutions on NVIDIA GPUs use TF32. The classifier stays float32."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        for part, precision in zip(parts, former, strict=True):
-            part.fp32_precision = precision
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def memory_format(device: torch.device, precision: str) -> torch.memory_format:
-    """The memory layout of networks and images: channels_last, but NCHW on a GPU in "fp32".
-
-    NVIDIA's float32 convolutions without TF32 may be slower in channels_last (pytorch#44943). cuDNN works in
-    channels_last as soon as the images or the weights are, so both must have this layout.
-    """
-    full_float32 = device.type == "cuda" and precision == "fp32"
-    return torch.contiguous_format if full_float32 else torch.channels_last
+    """The layout of images and weights: channels_last, but NCHW on a GPU in "fp32", where channels_last may be slower
+    (pytorch#44943). cuDNN works in channels_last as soon as either is in it, so both must have this layout."""
+    return torch.contiguous_format if device.type == "cuda" and precision == "fp32" else torch.channels_last
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * model, for parameters and BatchNorm statistics; counters are copied.
-
-    `ema` is a deep copy of `model`. A decay of 0 makes them equal. Nothing is read from the device or sent to it.
-    """
-    old, new = [*ema.parameters(), *ema.buffers()], [*model.parameters(), *model.buffers()]
-    pairs = list(zip(old, new, strict=True))
-    averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
-    torch._foreach_lerp_(averages, values, 1 - decay)
-    for counter, value in pairs:
-        if not counter.is_floating_point():
-            counter.copy_(value)
+    """ema <- decay * ema + (1 - decay) * model, for parameters and BatchNorm statistics; integers are copied. `ema` is
+    a deep copy of `model`. A decay of 0 makes them equal. Nothing is read from the device or sent to it."""
+    pick = lambda net, floating: [t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point() == floating]
+    torch._foreach_lerp_(pick(ema, True), pick(model, True), 1 - decay)
+    for counter, value in zip(pick(ema, False), pick(model, False), strict=True):
+        counter.copy_(value)
 
 
 class Fast(nn.Module):
-    """model(x), but for rounding: in bf16 but for the classifier where `bf16`, by torch.compile where `compiled`.
+    """model(x) up to rounding: in bf16, except for the classifier, if `bf16`; by torch.compile if `compiled`.
 
-    Images (B, 3, H, W) in [0, 1] to logits (B, C) float32. Where x asks for a gradient its weights do not: that is the
-    attack. Parameters, buffers and modes are the model's own, and must stay where they are in memory. In eval mode the
-    weights are those of the moment in which it began.
+    Images (B, 3, H, W) in [0, 1] to logits (B, C) float32, or float64 if the model is. Parameters, buffers and modes
+    are the model's own and must keep their place in memory. In eval mode the weights are those at its beginning, with
+    BatchNorm folded into the convolutions. If x requires a gradient, this is an attack and the weights get none. A
+    compiled network would compute theirs as well, so an attack calls one over the same memory with constant weights.
     """
 
-    def __init__(self, model, bf16=False, compiled=False):
+    def __init__(self, model: nn.Module, bf16: bool = False, compiled: bool = False):
         super().__init__()
         self.model, self.bf16, self.compiled = model, bf16, compiled
-        self.uses, self.folds = {}, []
         self.capture = compiled and next(model.parameters()).is_cuda
-        self.graphs = {}  # of the attack in eval mode, by the shape of its images
+        without_bn, self.folds = folded(model)
+        self.networks = {"update": model, "attack": frozen(model).train(), "eval": without_bn}
+        self.compiled_calls, self.first_shape = {}, None
 
-    def network(self, use):
-        """For "update" the model itself; under attack, for "train" and "eval", one of its own whose mode never changes:
-        a compiled one would be compiled anew. Made when first asked for, since a guide is never attacked."""
-        if use not in self.uses:
-            network = self.model
-            if use == "train":
-                network = frozen(self.model).train()
-            elif use == "eval":
-                network, self.folds = folded(self.model)
-            if self.compiled:
-                torch._dynamo.config.recompile_limit = 64  # of one code for all networks, uses and batch sizes of a run
-                network = torch.compile(network, dynamic=False)
-            self.uses[use] = network
-        return self.uses[use]
-
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> nn.Module:
         if not mode:
-            self.network("eval")
             fold(self.folds)
         return super().train(mode)
 
-    def forward(self, x):
-        if self.training:
-            return self.call("train" if x.requires_grad else "update", x)
-        if not (self.capture and x.requires_grad):
-            return self.call("eval", x)
-        if x.shape not in self.graphs:
-            # Forward and backward as CUDA graphs: their hundreds of kernels are launched at once.
-            sample = x.detach().clone().requires_grad_()
-            self.graphs[x.shape] = torch.cuda.make_graphed_callables(partial(self.call, "eval"), (sample,))
-        return self.graphs[x.shape](x).clone()  # its next run overwrites the logits
+    def forward(self, x: Tensor) -> Tensor:
+        use = "eval" if not self.training else "attack" if x.requires_grad else "update"
+        self.first_shape = self.first_shape or x.shape
+        if not self.compiled or x.shape != self.first_shape:  # compiling an epoch's last batch as well takes minutes
+            return self.call(self.networks[use], x)
+        key = use, x.requires_grad
+        if key not in self.compiled_calls:
+            torch._dynamo.config.recompile_limit = 64  # of a class of networks, with all its uses in all networks
+            call = partial(self.call, torch.compile(self.networks[use], dynamic=False))  # its mode never changes
+            if self.capture and key == ("eval", True):
+                # Forward and backward as CUDA graphs: their hundreds of kernels are launched at once.
+                call = torch.cuda.make_graphed_callables(call, (x.detach().clone().requires_grad_(),))
+            self.compiled_calls[key] = call
+        return self.compiled_calls[key](x).clone()  # a graph's next replay overwrites its logits
 
-    def call(self, use, x):
+    def call(self, network, x):
         # Without autocast's cache: a weight is used once in a forward, and a graph must not depend on it.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            return self.network(use)(x)  # (B, C)
+            logits = network(x)  # (B, C)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def frozen(model):
-    """The same network over the same weights and buffers, which asks for no gradient of the weights."""
+def frozen(model: nn.Module) -> nn.Module:
+    """The same network over the same memory, without gradients of the weights."""
     twin = copy.deepcopy(model).requires_grad_(False)
     for own, shared in zip([*twin.parameters(), *twin.buffers()], [*model.parameters(), *model.buffers()], strict=True):
         own.data = shared.data
     return twin
 
 
-def folded(model):
-    """A frozen network in eval mode without the BatchNorms that alone read a convolution's output (`conv_bn` in
-    models.py); and for `fold` each such convolution of it, with the convolution and BatchNorm of `model` behind it."""
-    twin, folds = frozen(model).eval(), []
-    for part, own in zip(list(twin.modules()), list(model.modules()), strict=True):
-        present = {name for name, _ in own.named_modules()}
-        for conv, bn in getattr(part, "conv_bn", ()):
-            if conv in present:  # some shortcuts are the identity
-                target, source = part.get_submodule(conv), own.get_submodule(conv)
-                target.weight = nn.Parameter(source.weight.detach().clone(), requires_grad=False)
-                target.bias = nn.Parameter(torch.zeros_like(source.weight[:, 0, 0, 0]), requires_grad=False)
-                folds.append((target, source, own.get_submodule(bn)))
-                part.set_submodule(bn, nn.Identity())
+def folded(model: nn.Module) -> tuple[nn.Module, list]:
+    """A frozen network in eval mode, without the BatchNorms that alone read a convolution's output (`conv_bn` in
+    models.py). And a list for `fold`: each such convolution of it, the same of `model`, and its BatchNorm."""
+    twin, folds, modules = frozen(model).eval(), [], dict(model.named_modules())
+    for name, block in modules.items():
+        for pair in getattr(block, "conv_bn", ()):
+            conv, bn = (f"{name}.{part}".lstrip(".") for part in pair)
+            if conv in modules:  # some shortcuts are the identity
+                target, weight = twin.get_submodule(conv), modules[conv].weight
+                target.weight = nn.Parameter(torch.empty_like(weight), requires_grad=False)
+                target.bias = nn.Parameter(weight.new_empty(len(weight)), requires_grad=False)
+                twin.set_submodule(bn, nn.Identity())
+                folds.append((target, modules[conv], modules[bn]))
     return twin, folds
 
 
 @torch.no_grad()
-def fold(folds):
+def fold(folds: list) -> None:
     """bn(conv(x)) = conv'(x) in eval mode, with s = bn.weight / sqrt(var + eps): w' = s w, b' = bn.bias - s mean."""
     for target, conv, bn in folds:
         scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
