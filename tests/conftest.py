@@ -1,6 +1,7 @@
 """The project's modules are files beside this folder; tests run two threads and no download."""
 
 import hashlib
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -18,6 +19,12 @@ torch.set_num_threads(1)  # the networks are small, and a busy machine stalls on
 # Fixed examples in every run: a property that fails does so for everybody.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("fixed")
+
+
+def pytest_configure(config):
+    """Tests, and the processes that they start, see no GPU. `pytest -n 0 -k gpu` runs the tests that need one."""
+    if config.option.keyword != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture
