@@ -1,102 +1,88 @@
-"""One of several processes that train together in float64: what test_engine.py starts, with torchrun's variables set.
+"""Trains in processes of their own, several together as torchrun starts them, and disturbs them."""
 
-    python tests/several.py FOLDER ENTRY ...
-
-An entry is METHOD-NETWORK, with +NAME for something broken on purpose or for an interruption; each is a run of three
-updates in FOLDER/ENTRY, where every process leaves its networks.
-"""
-
+import functools
+import multiprocessing
 import os
+import resource
 import signal
+import socket
 import sys
-from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from cases import mutant
-
+import checkpoints
 import data
-import engine
-import losses
+import distributed
 import train_dynat
-import variants.awp
-from models import CNN
 
+FORKSERVER = multiprocessing.get_context("forkserver")  # a process that has imported this file and forks the others
+FORKSERVER.set_forkserver_preload(["several"])
 
-def plain(num_classes):
-    """A network without BatchNorm: no image sees another one of its batch."""
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(256, num_classes),
-    )  # fmt: skip
-
-
-def alone(*tensors):
-    return tensors
-
-
-def own_start(x, draws):
-    return x + 0.001 * torch.randn(x.shape, generator=data.generator("cpu", engine.rank()), dtype=x.dtype)
-
-
-BROKEN = {
-    "share": lambda: mock.patch.object(
-        engine, "global_gradient", mutant(engine.global_gradient, ("share * gradient", "gradient / count()"))
-    ),
-    "gradient": lambda: mock.patch.object(engine, "sum_over_processes", alone),
-    "weights": lambda: mock.patch.object(losses, "sum_over_processes", alone),
-    "perturbation": lambda: mock.patch.object(variants.awp, "sum_over_processes", alone),
-    "draws": lambda: mock.patch.object(train_dynat, "near_start", own_start),
-    "statistics": lambda: mock.patch.object(engine, "average_statistics", lambda _: None),
+# What happens when the last epoch of a run begins: accidents, and ranks that do not share what they must.
+DISTURBANCES = {
+    "killed in a save": lambda: setattr(os, "replace", lambda *_: signal.raise_signal(signal.SIGKILL)),
+    "terminated": lambda: signal.raise_signal(signal.SIGTERM),
+    "interrupted": lambda: signal.raise_signal(signal.SIGINT),
+    "full disk": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)),
+    "no weight": lambda: setattr(distributed.GradientReducer, "weight", property(lambda _: 0.5, lambda *_: None)),
+    "no sum": lambda: setattr(distributed, "all_reduce", lambda *tensors: tensors),
+    "no argument": lambda: [method.update(loop_arguments=("epoch",)) for method in train_dynat.METHODS.values()],
+    "no buffers": lambda: setattr(distributed, "average_buffers", lambda _: None),
+    "own start": lambda: setattr(train_dynat, "gaussian_start", lambda x, _: x + 0.001 * torch.randn_like(x)),
+    "own noise": lambda: setattr(train_dynat, "normal_noise", lambda x, _, shard, k: torch.randn_like(x[shard])),
 }
 
 
-def run(folder, entry):
-    """The run of an entry; leaves this process's networks in FOLDER/ENTRY/RANK.pt."""
-    name, _, extra = entry.partition("+")
-    method, _, network = name.rpartition("-")
-    out = folder / entry
-    build = {"plain": plain, "cnn": CNN}[network]
-    argv = ["--dataset", "tiny", "--method", method, "--train-images", "70", "--batch-size", "29", "--epochs", "1"]
-    argv += ["--steps", "3", "--ema", "0.9", "--val-images", "21", "--lr-milestones", "9", "--out", str(out)]
-    used = train_dynat.options(train_dynat.METHODS[method])
-    for flag, value in (("burn_in", "0"), ("awp_start", "1")):  # weights and perturbation from the first epoch on
-        argv += [f"--{flag.replace('_', '-')}", value] if flag in used else []
-    kept, prepare = [], train_dynat.prepare_networks
-
-    def keep(*args):
-        kept.append(prepare(*args))
-        return kept[-1]
-
-    def stop(stopped):
-        if engine.rank() == engine.count() - 1:  # one process alone gets the signal
-            signal.raise_signal(signal.SIGTERM)
-        return asked(stopped)
-
-    asked = engine.Stop.asked
-    with mock.patch.object(train_dynat, "build_model", lambda _, classes: build(classes)):
-        if extra == "stopped":
-            with mock.patch.object(engine.Stop, "asked", stop):
-                assert train_dynat.main(argv) == 143
-            argv = ["--out", str(out), "--resume"]
-        with mock.patch.object(train_dynat, "prepare_networks", keep), BROKEN.get(extra, mock.MagicMock)():
-            assert train_dynat.main(argv) == 0
-    networks, _ = kept[-1]
-    state = {f"{role}.{key}": value for role, model in networks.items() for key, value in model.state_dict().items()}
-    torch.save(state, out / f"{engine.rank()}.pt")
+def plain(num_classes):
+    """A network without BatchNorm: no image depends on another one of its batch."""
+    hidden = [nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Flatten(), nn.Linear(144, num_classes))
 
 
-if __name__ == "__main__":
+def train(folder, variables, network, disturbance, runs):
+    """Trains each (name, arguments) of `runs` in FOLDER/NAME, one after the other. Rank N leaves its last checkpoint
+    beside it in NAME-N.pt and what it prints in N.txt. Exits with the first status that is not 0."""
+    os.environ.update(variables)
+    rank = int(variables.get("RANK", 0))
+    sys.stdout = sys.stderr = open(folder / f"{rank}.txt", "w", buffering=1)  # noqa: SIM115
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    torch.manual_seed(rank)
     data.TINY_SIZE = {"train": 100, "test": 20}
-    if "RANK" in os.environ:  # one group for all runs: a second one at the same address would not be safe
-        dist.init_process_group("gloo")
-        dist.init_process_group = dist.destroy_process_group = lambda *_: None
-    for entry in sys.argv[2:]:
-        run(Path(sys.argv[1]), entry)
+    train_dynat.build_model = lambda _, num_classes: network(num_classes)
+    # One process group for all runs: a second one at the same address would not be safe.
+    dist.init_process_group, dist.destroy_process_group = functools.cache(dist.init_process_group), lambda: None
+    learning_rate, run_on_rank0 = train_dynat.learning_rate, distributed.run_on_rank0
+
+    def disturbed(settings, epoch):
+        if disturbance and epoch == settings["epochs"]:
+            DISTURBANCES[disturbance]()
+        return learning_rate(settings, epoch)
+
+    def keep(function, *args, **kwargs):
+        result = run_on_rank0(function, *args, **kwargs)
+        if function is checkpoints.save_run:
+            torch.save(args[1], folder / f"{args[0].name}-{rank}.pt")
+        return result
+
+    train_dynat.learning_rate, distributed.run_on_rank0 = disturbed, keep
+    for name, arguments in runs:
+        if status := train_dynat.main([*arguments, "--out", str(folder / name)]):
+            sys.exit(status)
+
+
+def start(folder, world_size, *job):
+    """Starts `train` on every rank. Returns the processes."""
+    folder.mkdir(exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {name: str(value) for name, value in variables.items()} if world_size > 1 else {}
+        processes.append(FORKSERVER.Process(target=train, args=(folder, variables, *job)))
+        processes[-1].start()
+    return processes
