@@ -1,10 +1,11 @@
 """What several tests share: the golden values of the authors' releases, the tiny net they were recorded on, mutants."""
 
-import importlib.util
+import functools
 import inspect
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -30,24 +31,18 @@ class TinyNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-class Normalised(nn.Module):
-    """net((x - mean) / std), for the releases that normalise their images; mean and std per channel."""
-
-    def __init__(self, net, mean, std):
-        super().__init__()
-        self.net, self.mean, self.std = net, mean.view(3, 1, 1), std.view(3, 1, 1)
-
-    def forward(self, x):
-        return self.net((x - self.mean) / self.std)
-
-
 def golden_files():
-    """Every release_*.pt found, so that the tests can be parametrised by file."""
-    return sorted(GOLDEN.glob("release_*.pt"))
+    """Every release_*.pt, so that the tests can be parametrised by file. At least one is there."""
+    files = sorted(GOLDEN.glob("release_*.pt"))
+    assert files, f"no release_*.pt in {GOLDEN}"
+    return files
+
+
+load_once = functools.cache(functools.partial(torch.load, weights_only=True))
 
 
 def golden_case(file, name):
-    return torch.load(file, weights_only=True)[name]
+    return load_once(file)[name]
 
 
 def tiny_net(state):
@@ -72,8 +67,7 @@ def assert_state(network, expected, tolerance, what, buffers=True):
     """Weights, and BatchNorm buffers unless told otherwise, agree with a state_dict to the tolerance."""
     state = network.state_dict()
     assert state.keys() == expected.keys()
-    names = state if buffers else [name for name, _ in network.named_parameters()]
-    for name in names:
+    for name in state if buffers else dict(network.named_parameters()):
         assert_close(state[name], expected[name], tolerance, f"{what} {name}")
 
 
@@ -83,26 +77,25 @@ def counted_accuracy(model, images):
         return (model.eval()(images.x / 255).argmax(1) == images.y).double().mean().item()
 
 
-def mutant(function, *replacements):
-    """`function` with pieces of its source replaced, (old, new) each found exactly once: what a test has to reject."""
-    source = inspect.getsource(inspect.unwrap(function))
+def edited(source, replacements):
+    """`source` with pieces replaced, (old, new), each found exactly once."""
     for old, new in replacements:
         if source.count(old) != 1:  # no AssertionError, which a test would take for the rejection that it expects
-            raise LookupError(f"{old!r} stands {source.count(old)} times in {function.__name__}")
+            raise LookupError(f"{old!r} stands {source.count(old)} times in the source")
         source = source.replace(old, new)
+    return source
+
+
+def mutant(function, *replacements):
+    """`function` with pieces of its source replaced: what a test has to reject."""
     namespace = dict(vars(sys.modules[function.__module__]))
-    exec(source, namespace)
+    exec(edited(inspect.getsource(inspect.unwrap(function)), replacements), namespace)
     return namespace[function.__name__]
 
 
 def mutant_module(module, *replacements):
-    """A copy of a module of the project with pieces of its source replaced, each found exactly once."""
-    source = Path(module.__file__).read_text()
-    for old, new in replacements:
-        if source.count(old) != 1:  # no AssertionError, which a test would take for the rejection that it expects
-            raise LookupError(f"{old!r} stands {source.count(old)} times in {module.__name__}")
-        source = source.replace(old, new)
-    copy = importlib.util.module_from_spec(importlib.util.spec_from_loader(f"mutant_{module.__name__}", loader=None))
+    """A copy of a module of the project with pieces of its source replaced."""
+    copy = ModuleType(f"mutant_{module.__name__}")
     copy.__file__ = module.__file__
-    exec(compile(source, module.__file__, "exec"), vars(copy))
+    exec(edited(inspect.getsource(module), replacements), vars(copy))
     return copy
