@@ -172,35 +172,35 @@ class WideResNet(nn.Module):
 
 
 class CNN(nn.Module):
-    """Three strided convolutions with BatchNorm, for the quick start and the tests."""
+    """Three strided convolutions with BatchNorm, `widen` times 16, 32 and 64 wide: for CPUs and the tests."""
 
     conv_bn = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, widen: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(32)
-        self.conv3 = nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(64)
-        self.linear = Classifier(64, num_classes)
+        self.conv1 = nn.Conv2d(3, 16 * widen, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16 * widen)
+        self.conv2 = nn.Conv2d(16 * widen, 32 * widen, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(32 * widen)
+        self.conv3 = nn.Conv2d(32 * widen, 64 * widen, 3, stride=2, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(64 * widen)
+        self.linear = Classifier(64 * widen, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = relu(self.bn1(self.conv1(x)))  # (B, 16, 16, 16)
-        out = relu(self.bn2(self.conv2(out)))  # (B, 32, 8, 8)
-        out = relu(self.bn3(self.conv3(out)))  # (B, 64, 4, 4)
+        out = relu(self.bn1(self.conv1(x)))  # (B, 16 * widen, 16, 16)
+        out = relu(self.bn2(self.conv2(out)))  # (B, 32 * widen, 8, 8)
+        out = relu(self.bn3(self.conv3(out)))  # (B, 64 * widen, 4, 4)
         return self.linear(out.mean((2, 3)))  # (B, C)
 
 
-NAMES = "resnet18, resnet18-lbgat, preactresnet18, cnn, wrn<depth>-<widen> as wrn34-10"
+NAMES = "resnet18, resnet18-lbgat, preactresnet18, cnn, cnn-<widen> as cnn-2, wrn<depth>-<widen> as wrn34-10"
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
     """The network called `name`, freshly initialised from torch's global random state, in train mode.
 
-    Names: resnet18 (stage strides 1, 2, 2, 2), resnet18-lbgat (1, 1, 2, 2), preactresnet18, cnn, and wrn<depth>-<widen>
-    with (depth - 4) / 6 whole. Images (B, 3, 32, 32) in [0, 1] to logits (B, num_classes).
+    Names: resnet18 (stage strides 1, 2, 2, 2), resnet18-lbgat (1, 1, 2, 2), preactresnet18, cnn, cnn-<widen>, and
+    wrn<depth>-<widen> with (depth - 4) / 6 whole. Images (B, 3, 32, 32) in [0, 1] to logits (B, num_classes).
     Raises ValueError for any other name.
     """
     if name == "resnet18":
@@ -211,6 +211,8 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         return PreActResNet18(num_classes)
     if name == "cnn":
         return CNN(num_classes)
+    if wide := re.fullmatch(r"cnn-([1-9]\d{0,2})", name):
+        return CNN(num_classes, int(wide[1]))
     wide = re.fullmatch(r"wrn(\d{1,4})-(\d{1,3})", name)
     if wide is None:
         raise ValueError(f"unknown network '{name}': choose from {NAMES}")
