@@ -29,7 +29,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         default, text = action.default, action.help
-        if not action.option_strings or "default" in text or isinstance(default, (bool, type(None))):
+        hidden = default == argparse.SUPPRESS or isinstance(default, (bool, type(None)))
+        if not action.option_strings or "default" in text or hidden:
             return text
         return f"{text} (default: {f'{default:.4g}' if isinstance(default, float) else default})".replace("%", "%%")
 
