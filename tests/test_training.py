@@ -1,445 +1,450 @@
-"""What holds for DYNAT's update, and for whole runs through the command line."""
+"""Settings and schedules; whole runs through the command line: they repeat, log what they measure, and resume."""
 
 import hashlib
 import json
+import os
+import shutil
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import TinyNet, mutant, mutant_module
+from cases import counted_accuracy, mutant
 
-import engine
+import checkpoints
+import data
 import evaluate
 import train_dynat
+from cli import UserError
 from models import build_model
-from train_dynat import dynat_step, main
-
-ATTACK = {"epsilon": 0.1, "step_size": 0.03, "steps": 2}
-
-
-def networks(target_seed=1, guide_seed=2):
-    made = []
-    for seed in (target_seed, guide_seed):
-        torch.manual_seed(seed)
-        made.append(TinyNet().double())
-    return made
-
-
-def batch(seed=0):
-    draws = torch.Generator().manual_seed(seed)
-    x = torch.rand(16, 3, 8, 8, generator=draws, dtype=torch.float64)
-    return x, torch.randint(0, 10, (16,), generator=draws)
-
-
-def sgd(*nets, momentum=0.9, weight_decay=2e-4):
-    weights = [weight for net in nets for weight in net.parameters()]
-    return torch.optim.SGD(weights, lr=0.1, momentum=momentum, weight_decay=weight_decay)
-
-
-# the update
-
-
-def check_guide_is_alone(step, inner):
-    """The guide ends with the same bytes whatever the target and beta are, and as plain training on CE ends."""
-    _, alone = networks()
-    optimizer = sgd(alone)
-    for seed in range(3):
-        x, y = batch(seed)
-        optimizer.zero_grad()
-        F.cross_entropy(alone(x), y).backward()
-        optimizer.step()
-    for target_seed, beta in ((1, 1.0), (5, 1.0), (1, 7.0), (1, 0.0)):
-        target, guide = networks(target_seed)
-        optimizer = sgd(target, guide)
-        for seed in range(3):
-            x, y = batch(seed)
-            step(target, guide, optimizer, x, y, x, inner=inner, beta=beta, **ATTACK)
-        for (name, value), expected in zip(guide.state_dict().items(), alone.state_dict().values(), strict=True):
-            assert torch.equal(value, expected), name
-
-
-@pytest.mark.parametrize("inner", [False, True])
-def test_the_guide_trains_as_if_the_target_did_not_exist(inner):
-    check_guide_is_alone(dynat_step, inner)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("target_loss(adv_logits, labels)", "target_loss(adv_logits, guide_logits.softmax(1))"),
-        ("loss_guide + beta * loss_target", "(loss_guide + beta * loss_target) / (1 + beta)"),
-        ("adv_logits = target(x_adv)", "adv_logits = target(x_adv) + guide(x_adv)"),
-    ],
-)
-def test_a_guide_that_feels_the_target_is_rejected(old, new):
-    with pytest.raises(AssertionError):
-        check_guide_is_alone(mutant(dynat_step, (old, new)), inner=True)
-
-
-def check_beta(step):
-    moves = []
-    for beta in (1.0, 0.25):
-        target, guide = networks()
-        before = target.linear.weight.detach().clone()
-        x, y = batch()
-        step(target, guide, sgd(target, guide, momentum=0, weight_decay=0), x, y, x, inner=True, beta=beta, **ATTACK)
-        moves.append(target.linear.weight.detach() - before)
-    assert moves[0].abs().max() > 1e-3
-    torch.testing.assert_close(moves[1], 0.25 * moves[0], rtol=1e-9, atol=1e-12)
-
-
-def test_beta_scales_the_targets_gradient_and_nothing_else():
-    check_beta(dynat_step)
-
-
-@pytest.mark.parametrize("new", ["loss_guide + loss_target", "beta * loss_guide + loss_target"])
-def test_a_beta_elsewhere_is_rejected(new):
-    with pytest.raises(AssertionError):
-        check_beta(mutant(dynat_step, ("loss_guide + beta * loss_target", new)))
-
-
-def check_batchnorm(step, clean_forward):
-    """Of the target: r <- 0.81 r + 0.09 s_adv + 0.10 s_clean, or without the clean forward 0.9 r + 0.1 s_adv."""
-    target, guide = networks()
-    x, y = batch()
-    conv = target.conv1.weight.detach().clone()
-    optimizer = sgd(target, guide)
-    x_adv, _ = step(target, guide, optimizer, x, y, x, inner=True, beta=1.0, clean_forward=clean_forward, **ATTACK)
-    s_adv, s_clean = (F.conv2d(z, conv, padding=1).mean((0, 2, 3)) for z in (x_adv, x))
-    expected = 0.09 * s_adv + 0.10 * s_clean if clean_forward else 0.1 * s_adv
-    torch.testing.assert_close(target.bn1.running_mean, expected, rtol=1e-9, atol=1e-12)
-    assert target.bn1.num_batches_tracked == (2 if clean_forward else 1)
-    assert guide.bn1.num_batches_tracked == 1
-
-
-@pytest.mark.parametrize("clean_forward", [True, False])
-def test_the_clean_forward_moves_the_targets_batchnorm(clean_forward):
-    check_batchnorm(dynat_step, clean_forward)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("target(x)  # no loss term", "pass  # no loss term"),
-        ("    with eval_mode(target):", "    if True:"),
-        ("labels = dynamic_labels(guide_logits)", "labels = dynamic_labels(guide(x))"),
-    ],
-)
-def test_other_batchnorm_updates_are_rejected(old, new):
-    with pytest.raises(AssertionError):
-        check_batchnorm(mutant(dynat_step, (old, new)), clean_forward=True)
-
-
-def check_figures(step):
-    target, guide = networks()
-    x, y = batch()
-    with torch.no_grad():
-        labels = guide(x).argmax(1)
-    guide.load_state_dict(networks()[1].state_dict())
-    y[labels == y] = (y[labels == y] + 1) % 10  # exactly 4 of 16 dynamic labels are right
-    y[:4] = labels[:4]
-    _, figures = step(target, guide, sgd(target, guide), x, y, x, inner=True, beta=0.5, **ATTACK)
-    assert list(figures) == ["loss", "loss_guide", "loss_target", "label_acc", "adv_acc"]
-    assert not any(value.requires_grad for value in figures.values())
-    assert figures["label_acc"].item() == 4 / 16
-    assert figures["loss"].item() == pytest.approx(figures["loss_guide"].item() + 0.5 * figures["loss_target"].item())
-
-
-def test_an_update_reports_the_share_of_right_labels_and_its_losses_detached():
-    check_figures(dynat_step)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [("(labels == y).float()", "(labels != y).float()"), ("loss.detach()", "loss")]
-)
-def test_other_figures_are_rejected(old, new):
-    with pytest.raises(AssertionError):
-        check_figures(mutant(dynat_step, (old, new)))
-
+from train_dynat import METHODS, default_run_dir, default_settings, learning_rate, main, parse
 
 # settings
 
 
-def settings_of(*argv):
-    typed = vars(train_dynat.parser().parse_args(argv))
-    return train_dynat.resolve({name: value for name, value in typed.items() if value is not None})
+def settings_of(argv):
+    return parse(argv.split())[0]
 
 
-def test_the_defaults_are_the_papers_main_row():
-    settings, out = settings_of("--dataset", "cifar10", "--target", "wrn34-10")
+DYNAT = {"guide": "resnet18", "inner": False, "static_labels": False, "beta": 1.0}
+INNER = {**DYNAT, "inner": True}
+AWP = {"kl_weight": 1.0, "awp_gamma": 0.005, "awp_start": 10}
+GAIRAT = {"label_smoothing": 0.2, "burn_in": 70}
+WARM_UP = [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)]
+FAT_RATES = [(1, 1.0), (60, 0.1), (90, 0.01), (110, 0.005)]
+MAIL_RATES = [(1, 1.0), (76, 0.1), (91, 0.01), (101, 0.001)]
+TRADES_RATES = [(1, 1.0), (75, 0.1), (90, 0.01), (100, 0.001)]
+SAT_RATES = [(1, 1.0), (41, 0.1), (61, 0.01), (81, 0.001)]
+LATE_RATES = [(1, 1.0), (101, 0.1), (151, 0.01)]
+PUBLISHED = {  # epochs, lr, weight decay, epsilon, step size, milestones, the method's own; on CIFAR-10 with WRN-34-10
+    "dynat": (100, 0.1, 2e-4, 0.031, 2 / 255, WARM_UP, DYNAT | {"clean_forward": True}),
+    "dynat-inner": (100, 0.1, 2e-4, 0.031, 2 / 255, WARM_UP, INNER | {"clean_forward": True}),
+    "dynat-awp": (100, 0.1, 2e-4, 0.031, 2 / 255, WARM_UP, DYNAT | AWP),
+    "dynat-inner-awp": (100, 0.1, 2e-4, 0.031, 2 / 255, WARM_UP, INNER | AWP),
+    "dynat-gairat": (120, 0.1, 5e-4, 0.031, 0.007, FAT_RATES, DYNAT | GAIRAT),
+    "dynat-inner-gairat": (120, 0.1, 5e-4, 0.031, 0.007, FAT_RATES, INNER | GAIRAT),
+    "dynat-mail": (100, 0.01, 3.5e-3, 0.031, 0.007, MAIL_RATES, DYNAT | {"burn_in": 76}),
+    "dynat-inner-mail": (100, 0.01, 3.5e-3, 0.031, 0.007, MAIL_RATES, INNER | {"burn_in": 76}),
+    "pgd-at": (200, 0.1, 5e-4, 8 / 255, 2 / 255, LATE_RATES, {}),
+    "trades": (76, 0.1, 2e-4, 0.031, 0.007, TRADES_RATES, {"kl_weight": 6.0}),
+    "mart": (90, 0.1, 7e-4, 0.031, 0.007, TRADES_RATES, {"kl_weight": 6.0}),
+    "fat": (120, 0.1, 2e-4, 0.031, 0.007, FAT_RATES, {"tau_milestones": [(1, 0), (51, 1), (91, 2)]}),
+    "sat": (100, 0.05, 5e-4, 8 / 255, 2 / 255, SAT_RATES, {"difficulty": 0.4, "easy_until": 30, "hardest_from": 70}),
+    "gairat": (120, 0.1, 2e-4, 0.031, 0.007, FAT_RATES, {"burn_in": 59}),
+    "mail": (120, 0.01, 3.5e-3, 0.031, 0.007, MAIL_RATES, {"burn_in": 76}),
+    "mail-mse": (100, 0.01, 3.5e-3, 0.031, 0.007, MAIL_RATES, {"guide": "resnet18", "burn_in": 76}),
+    "at-awp": (200, 0.1, 5e-4, 8 / 255, 2 / 255, LATE_RATES, {"awp_gamma": 0.01, "awp_start": 1}),
+    "trades-awp": (200, 0.1, 5e-4, 8 / 255, 2 / 255, [(1, 1.0), (100, 0.1), (150, 0.01)], AWP | {"kl_weight": 6.0}),
+    "lbgat": (100, 0.1, 2e-4, 0.031, 0.007, WARM_UP, {"guide": "resnet18-lbgat", "kl_weight": 0.0}),
+}
+
+
+def test_every_method_comes_with_its_published_settings():
+    assert METHODS.keys() == PUBLISHED.keys()
+    names = ("epochs", "lr", "weight_decay", "epsilon", "step_size", "milestones")
+    common = {"target": "wrn34-10", "batch_size": 128, "momentum": 0.9, "steps": 10}
+    for method, (*values, own) in PUBLISHED.items():
+        run = {**train_dynat.RUN, "method": method, "data_dir": os.path.abspath("data")}
+        expected = {**run, **common, **dict(zip(names, values, strict=True)), **own}
+        assert settings_of(f"--method {method}") == expected, method
+    assert settings_of("") == settings_of("--method dynat --dataset cifar10 --target wrn34-10")
+
+
+def test_data_set_target_preset_and_typed_flags_decide_in_this_order():
     expected = {
-        "method": "dynat", "target": "wrn34-10", "guide": "resnet18", "epochs": 100, "batch_size": 128, "lr": 0.1,
-        "momentum": 0.9, "weight_decay": 2e-4, "epsilon": 0.031, "step_size": 2 / 255, "steps": 10, "beta": 1.0,
-        "clean_forward": True, "inner": False, "seed": 1,
-    }  # fmt: skip
-    assert {name: settings[name] for name in expected} == expected
-    assert settings == settings_of()[0]
-    assert str(out) == "runs/dynat-cifar10-wrn34-10-s1"
-    rates = [train_dynat.learning_rate(settings, epoch) for epoch in (1, 2, 75, 76, 90, 91, 100)]
+        "mart --target resnet18": {"epochs": 120, "lr": 0.01, "weight_decay": 3.5e-3, "kl_weight": 5},
+        "mart --target resnet18 --dataset tiny": {"epochs": 10, "lr": 0.01, "batch_size": 32, "kl_weight": 5},
+        "lbgat --dataset cifar100": {"kl_weight": 6},
+        "dynat-inner-awp --dataset cifar100": {"beta": 0.2, "kl_weight": 1, "guide": "resnet18"},
+        "dynat-inner-awp --dataset cifar100 --beta 1/2": {"beta": 0.5},
+        "dynat --preset release": {"beta": 1, "step_size": 0.007, "guide": "resnet18-lbgat"},
+        "dynat --preset release --step-size 2/255": {"step_size": 2 / 255},
+        "dynat --preset release --dataset tiny": {"guide": "cnn", "target": "cnn", "data_dir": None},
+        "dynat-awp --preset release": {"beta": 0.2, "step_size": 0.007, "guide": "resnet18-lbgat"},
+        "pgd-at --preset release": {"step_size": 2 / 255},
+    }
+    for argv, values in expected.items():
+        settings = settings_of(f"--method {argv}")
+        assert {name: settings[name] for name in values} == values, argv
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_shows_a_methods_own_flags_and_defaults_and_any_other_flag_is_refused(capsys, method):
+    with pytest.raises(SystemExit):
+        main(["--method", method, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    epochs, *_, own = PUBLISHED[method]
+    assert f"unless typed (default: {epochs})" in shown
+    assert f"KL term (default: {own['kl_weight']:g})" in shown if "kl_weight" in own else "KL term" not in shown
+    typed = "--guide cnn,--static-labels,--beta 2,--kl-weight 2,--awp-gamma 0.1,--awp-start 2,--burn-in 3"
+    for words in [*typed.split(","), "--label-smoothing 0.1", "--no-clean-forward"]:
+        flag = words.split()[0]
+        name = flag.replace("--no-", "--").removeprefix("--").replace("-", "_")
+        assert (f" {flag} " in shown) == (name in own)
+        if name in own:
+            assert settings_of(f"--method {method} {words}")[name] != own[name]
+        else:
+            with pytest.raises(UserError, match=f"{method} does not use {flag}: leave it out"):
+                settings_of(f"--method {method} {words}")
+
+
+def test_a_run_is_named_by_what_differs_from_the_methods_defaults():
+    names = {
+        "": "dynat-cifar10-wrn34-10-s1",
+        "--dataset tiny --epochs 10 --seed 3": "dynat-tiny-cnn-s3",
+        "--method mart --target resnet18 --epochs 120 --kl-weight 5": "mart-cifar10-resnet18-s1",
+        "--epochs 2 --beta 1/2": "dynat-cifar10-wrn34-10-s1-epochs-2-beta-0.5",
+        "--no-clean-forward --preset release": "dynat-cifar10-wrn34-10-s1-preset-release-no-clean-forward",
+        "--lr-milestones 9 8 --static-labels": "dynat-cifar10-wrn34-10-s1-static-labels-lr-milestones-9-8",
+        "--data-dir x --eval-every 3 --keep-from 2 --no-deterministic --device cpu": "dynat-cifar10-wrn34-10-s1",
+    }
+    for argv, name in names.items():
+        settings, _, parser = parse(argv.split())
+        assert str(default_run_dir(settings, parser)) == f"runs/{name}"
+
+
+def check_schedules():
+    schedule = lambda method, epochs, dataset="cifar10": default_settings(method, dataset, "paper", epochs=epochs)
+    assert schedule("dynat", 200)["milestones"] == [(1, 0.2), (3, 1.0), (151, 0.1), (181, 0.01)]
+    assert schedule("dynat", 2)["milestones"] == [(1, 0.2), (2, 1.0), (2, 0.1), (3, 0.01)]
+    assert schedule("fat", 240)["tau_milestones"] == [(1, 0), (101, 1), (181, 2)]
+    assert schedule("at-awp", 20)["awp_start"] == 1 and schedule("trades-awp", 100)["awp_start"] == 6
+    assert schedule("gairat", 60)["burn_in"] == 29
+    sat = schedule("sat", None, "tiny")  # at tiny's 10 epochs
+    assert (sat["easy_until"], sat["hardest_from"]) == (4, 8)
+    for epochs in range(1, 130):  # the first lower rate and the first weights come together, as in the release
+        gairat = schedule("gairat", epochs)
+        assert gairat["milestones"][1][0] == gairat["burn_in"] + 1
+    for method in METHODS:
+        assert learning_rate(schedule(method, 1), 1) == learning_rate(schedule(method, None), 1)
+
+
+def test_a_schedule_moves_with_the_epochs_unless_typed():
+    check_schedules()
+    typed = settings_of("--method dynat-mail --epochs 50 --burn-in 40 --lr-milestones 45 30")
+    assert (typed["burn_in"], typed["milestones"]) == (40, [(1, 1.0), (30, 0.1), (45, 0.01)])
+    rates = [learning_rate(settings_of(""), epoch) for epoch in (1, 2, 75, 76, 90, 91, 100)]
     assert rates == pytest.approx([0.02, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-
-
-def test_the_release_preset_differs_where_the_release_does():
-    paper, release = settings_of()[0], settings_of("--preset", "release")[0]
-    assert {name for name in paper if paper[name] != release[name]} == {"preset", "guide", "step_size"}
-    assert (release["guide"], release["step_size"]) == ("resnet18-lbgat", 0.007)
-    assert settings_of("--preset", "release", "--step-size", "2/255")[0]["step_size"] == 2 / 255  # a typed flag wins
-
-
-def test_the_schedule_scales_with_the_epochs_unless_typed():
-    rates = lambda *argv: [
-        train_dynat.learning_rate(settings_of(*argv)[0], epoch) for epoch in range(1, int(argv[1]) + 1)
-    ]
-    assert rates("--epochs", "10") == pytest.approx([0.1] * 7 + [0.01, 0.001, 0.001])
-    assert rates("--epochs", "5", "--lr-milestones", "4", "2") == pytest.approx([0.1, 0.01, 0.01, 0.001, 0.001])
-    assert len(set(rates("--epochs", "1"))) == 1
-
-
-def test_a_run_is_named_by_what_differs_from_the_defaults():
-    name = lambda *argv: settings_of(*argv)[1].name
-    assert name("--dataset", "tiny") == "dynat-tiny-cnn-s1"
-    assert name("--dataset", "tiny", "--epochs", "10", "--seed", "3") == "dynat-tiny-cnn-s3"
-    assert name("--dataset", "tiny", "--epochs", "2", "--beta", "1/2") == "dynat-tiny-cnn-s1-beta-0.5-epochs-2"
-    assert name("--preset", "release") == "dynat-cifar10-wrn34-10-s1-preset-release"
-    assert name("--no-clean-forward") == "dynat-cifar10-wrn34-10-s1-clean-forward-0"
-
-
-# whole runs
-
-SHORT = ["--dataset", "tiny", "--train-images", "96", "--epochs", "2", "--steps", "2", "--batch-size", "40"]
-
-
-def digest(out):
-    """The bytes of weights.pt, as a checksum: pytest explains unequal bytes at length, for minutes."""
-    return hashlib.sha256((out / "weights.pt").read_bytes()).hexdigest()
-
-
-def run(out, *argv, module=train_dynat):
-    """A short run in the folder `out`; returns the checksum of its weights."""
-    assert module.main([*SHORT, "--out", str(out), *argv]) == 0
-    return digest(out)
-
-
-def check_repeats(module, folder):
-    first = run(folder / "a", "--seed", "1", module=module)
-    assert run(folder / "b", "--seed", "1", module=module) == first
-    assert run(folder / "c", "--seed", "2", module=module) != first
-    logs = []
-    for name in "ab":
-        rows = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
-        logs.append([{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows])
-    assert logs[0] == logs[1]
-
-
-def test_two_runs_with_one_seed_give_identical_bytes_and_another_seed_others(tmp_path):
-    check_repeats(train_dynat, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('torch.manual_seed(generator("cpu", settings["seed"], role).initial_seed())', "torch.seed()"),
-        ("near_start(x, draws) if", "near_start(x, [other := torch.Generator(), other.seed()][0]) if"),
-        ('settings = {"data_dir": None, **defaults, **typed}',
-         'settings = {"data_dir": None, **defaults, **typed, "seed": 1}'),
-    ],
-)  # fmt: skip
-def test_a_run_with_other_randomness_is_rejected(tmp_path, old, new):
-    with pytest.raises(AssertionError):
-        check_repeats(mutant_module(train_dynat, (old, new)), tmp_path)
-
-
-def test_the_guide_of_a_run_does_not_depend_on_its_target(tmp_path):
-    run(tmp_path / "a", "--target", "cnn")
-    run(tmp_path / "b", "--target", "wrn10-1", "--beta", "3")
-    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True)["guide"] for name in "ab")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_a_run_directory_holds_what_the_design_says(tmp_path, capsys):
-    run(tmp_path / "a", "--eval-every", "2")
-    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
-        "config.json",
-        "last.pt",
-        "log.jsonl",
-        "weights.pt",
-    ]
-    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    always = ["epoch", "lr", "loss", "loss_guide", "loss_target", "label_acc", "adv_acc"]
-    assert list(rows[0]) == [*always, "seconds", "images_per_second"]
-    assert list(rows[1]) == [*always, "test_acc", "guide_test_acc", "seconds", "images_per_second"]
-    assert [row["epoch"] for row in rows] == [1, 2]
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert config["settings"]["train_images"] == 96 and config["torch"] == torch.__version__
-    last = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
-    weights = torch.load(tmp_path / "a" / "weights.pt", weights_only=True)
-    assert last["epoch"] == 2 and last["settings"]["target"] == "cnn" and len(last["classes"]) == 10
-    assert all(torch.equal(last["target"][key], weights[key]) for key in weights)
-    build_model("cnn", 10).load_state_dict(weights)
-    printed = capsys.readouterr().out
-    assert "label_acc" in printed and f"python evaluate.py {tmp_path / 'a' / 'last.pt'}" in printed
-
-
-def error_of(capsys, *argv, module=train_dynat):
-    """Runs a command line that must fail: status 2, one line on standard error. Returns the line."""
-    assert module.main(list(argv)) == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1
-    return line
-
-
-def test_a_directory_in_use_is_refused_and_nothing_in_it_changes(tmp_path, capsys):
-    out = tmp_path / "a"
-    out.mkdir()
-    (out / "mine.txt").write_text("precious")
-    assert "--out" in error_of(capsys, *SHORT, "--out", str(out))
-    assert [file.name for file in out.iterdir()] == ["mine.txt"]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, capsys):
-    line = error_of(capsys, *SHORT, "--lr", "1e30", "--out", str(tmp_path / "a"))
-    assert "finite" in line and "--lr" in line
-    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["config.json"]
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--dataset", "cifar11"], "--dataset"),
-        (["--target", "resnet19"], "resnet19"),
-        (["--guide", "wrn33-10"], "wrn33-10"),
-        (["--method", "dynamo"], "--method"),
-        (["--epsilon", "8/0"], "8/0"),
-        (["--epsilon", "2"], "--epsilon"),
-        (["--epsilon", "nan"], "nan"),
-        (["--lr", "-1"], "--lr"),
-        (["--lr", "__import__('os')"], "--lr"),
-        (["--epochs", "0"], "--epochs"),
-        (["--epochs", "1.5"], "whole number"),
-        (["--batch-size", "0"], "--batch-size"),
-        (["--train-images", "3001", "--dataset", "tiny"], "only 3000"),
-        (["--dataset", "folder"], "--data-dir"),
-        (["--dataset", "folder", "--data-dir", "/nowhere"], "/nowhere"),
-        (["--device", "abacus", "--dataset", "tiny"], "abacus"),
-        (["--epoch", "3"], "--epoch"),  # no abbreviations
-        (["stray"], "stray"),
+        ("max(2, ", "max(1, "),
+        ("round(1 + (epoch - 1) * epochs / own_epochs)", "round(epoch * epochs / own_epochs)"),
+        (" if epoch > 1 else epoch", ""),
+        ('moved(settings["burn_in"] + 1) - 1', 'moved(settings["burn_in"])'),
+        ('("milestones", "tau_milestones")', '("milestones",)'),
+        ('("awp_start", "easy_until", "hardest_from")', '("awp_start", "easy_until")'),
     ],
 )
-def test_a_mistake_ends_with_one_line_and_status_2(tmp_path, capsys, monkeypatch, argv, said):
-    monkeypatch.chdir(tmp_path)
-    assert said in error_of(capsys, *argv)
-    assert list(tmp_path.iterdir()) == []
+def test_a_schedule_that_moves_otherwise_is_rejected(monkeypatch, old, new):
+    monkeypatch.setattr(train_dynat, "scale_schedule", mutant(train_dynat.scale_schedule, (old, new)))
+    with pytest.raises(AssertionError):
+        check_schedules()
+
+
+# whole runs
+
+SHORT = ["--dataset", "tiny", "--device", "cpu", "--epochs", "2", "--steps", "1", "--batch-size", "20"]
+SHORT += ["--train-images", "50", "--ema", "0.75"]  # three updates per epoch, the last one on 10 images
+LONG = [*SHORT, "--val-images", "20", "--keep-from", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "TINY_SIZE", {"train": 90, "test": 30})
+        yield
+
+
+def run(run_dir, *argv):
+    assert main([*SHORT, "--out", str(run_dir), *argv]) == 0
+    return checkpoints.load(run_dir / "last.pt")
+
+
+def without_times(content):
+    """The content of a checkpoint but for the times in its log, with checksums in the place of tensors."""
+    if isinstance(content, torch.Tensor):
+        return hashlib.sha256(content.contiguous().numpy()).hexdigest()
+    if isinstance(content, dict):
+        return {k: without_times(v) for k, v in content.items() if k not in ("seconds", "images_per_second")}
+    return [without_times(value) for value in content] if isinstance(content, list) else content
+
+
+def ending(run_dir):
+    """What a run ends in: the bytes of weights.pt, and all of last.pt but for the times."""
+    last = checkpoints.load(run_dir / "last.pt")
+    assert [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()] == last["log"]
+    return hashlib.sha256((run_dir / "weights.pt").read_bytes()).hexdigest(), without_times(last)
+
+
+def change_step(patch, change):
+    """`change(call, step, **arguments)` takes the place of DYNAT's step; calls are counted from 1."""
+    step, calls = METHODS["dynat"]["step"], count(1)
+    patch.setitem(METHODS["dynat"], "step", lambda **arguments: change(next(calls), step, **arguments))
+
+
+@contextmanager
+def copies(run_dir):
+    """Inside the `with`, a copy of `run_dir` is made before each rename of a file: what a kill would leave there."""
+    replace, made = os.replace, []
+
+    def copy_and_replace(*paths):
+        made.append(Path(shutil.copytree(run_dir, f"{run_dir}-{len(made)}")))
+        replace(*paths)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", copy_and_replace)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run; its copies; its training images; each update's number of images, lr, metrics and weights after it."""
+    run_dir, images, updates = tmp_path_factory.mktemp("whole") / "run", [], []
+    batches = train_dynat.train_batches
+
+    def watched(_, step, *, target, optimizer, x, **others):
+        result = step(target=target, optimizer=optimizer, x=x, **others)
+        state = {name: value.clone() for name, value in target.model.state_dict().items()}
+        updates.append((len(x), optimizer.param_groups[0]["lr"], result[1], state))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, copies(run_dir) as made:
+        change_step(patch, watched)
+        patch.setattr(train_dynat, "train_batches", lambda found, *rest: images.append(found) or batches(found, *rest))
+        run(run_dir, *LONG)
+    return run_dir, made, images[0], updates
+
+
+def test_two_runs_with_one_seed_end_in_the_same_bytes_and_another_seed_in_others(tmp_path, whole):
+    run(tmp_path / "again", *LONG)
+    assert ending(tmp_path / "again") == ending(whole[0])
+    other = run(tmp_path / "other", *LONG, "--seed", "2")
+    assert not other["target"]["linear.bias"].equal(torch.load(whole[0] / "weights.pt")["linear.bias"])
+
+
+def test_the_guide_depends_neither_on_the_target_nor_on_its_labels_or_beta(tmp_path):
+    variants = ([], ["--target", "wrn10-1"], ["--static-labels"], ["--beta", "3"], ["--method", "dynat-inner"])
+    guides = [without_times(run(tmp_path / str(i), *argv)["guide"]) for i, argv in enumerate(variants)]
+    assert guides[1:] == guides[:1] * 4
+
+
+def test_the_log_holds_the_means_over_images_and_the_learning_rate(whole):
+    run_dir, _, _, updates = whole
+    for row, epoch in zip(ending(run_dir)[1]["log"], (updates[:3], updates[3:]), strict=True):
+        assert [n for n, *_ in epoch] == [20, 20, 10]
+        assert {lr for _, lr, *_ in epoch} == {row["lr"]}
+        for name in ("loss", "loss_guide", "loss_target", "label_acc", "adv_acc"):
+            assert row[name] == pytest.approx(sum(n * metrics[name].item() for n, _, metrics, _ in epoch) / 50)
+
+
+def test_the_log_holds_accuracies_counted_by_hand_and_held_out_images_are_not_trained_on(whole):
+    run_dir, _, train, _ = whole
+    held_out, rest = data.hold_out(data.tiny("train"), 20, 1)
+    assert train.sha256() == data.class_balanced_subset(rest, 50, 1).sha256()
+    last = checkpoints.load(run_dir / "last.pt")
+    row, seen = last["log"][-1], data.class_balanced_subset(train, 30, 1)  # as many as there are test images
+    for role, prefix in (("target", ""), ("guide", "guide_")):
+        network = build_model("cnn", 10)
+        network.load_state_dict(last[role])
+        assert row[f"{prefix}test_acc"] == pytest.approx(counted_accuracy(network, data.tiny("test")))
+        assert row[f"{prefix}train_acc"] == pytest.approx(counted_accuracy(network, seen))
+        assert role == "guide" or row["val_clean"] == pytest.approx(counted_accuracy(network, held_out))
+    assert row["images_per_second"] == pytest.approx(50 / row["seconds"])
+
+
+def test_the_ema_begins_as_the_target_and_follows_it(whole):
+    run_dir, _, _, updates = whole
+    expected = updates[0][-1]
+    for *_, state in updates[1:]:
+        expected = {name: 0.75 * value + 0.25 * state[name] for name, value in expected.items()}
+    ema = checkpoints.load(run_dir / "last.pt")["ema"]
+    for name in ema.keys() - {name for name in ema if name.endswith("num_batches_tracked")}:
+        torch.testing.assert_close(ema[name], expected[name])
+
+
+def test_best_pt_is_the_first_epoch_with_the_best_accuracy_under_pgd_on_held_out_images(tmp_path, monkeypatch):
+    values, measured = iter([1 / 3, 2 / 3, 2 / 3]), []
+
+    def accuracy(_, images, attack, __):
+        measured.append((attack, len(images.y)))
+        return next(values) if attack == "pgd10" else 0.5
+
+    monkeypatch.setattr(train_dynat, "accuracy", accuracy)
+    log = run(tmp_path / "a", "--val-images", "20", "--epochs", "3")["log"]
+    assert [row["val_pgd"] for row in log] == [1 / 3, 2 / 3, 2 / 3] and measured.count(("pgd10", 20)) == 3
+    assert checkpoints.load(tmp_path / "a" / "best.pt")["epoch"] == 2
+
+
+def test_networks_are_kept_from_an_epoch_on_for_evaluation(whole):
+    kept = whole[0] / "epoch002.pt"
+    assert list(whole[0].glob("epoch*")) == [kept]
+    content, _ = checkpoints.load_trained(kept)
+    for role in ("target", "guide"):
+        network = checkpoints.load_network(content, role, kept, 10)
+        assert without_times(network.state_dict()) == ending(whole[0])[1][role]
+    assert "optimizer" not in content
+    assert evaluate.main([str(kept), "--attacks", "clean", "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
-def test_a_run_on_cifar_in_its_published_layout(name, classes, cifar_files, capsys):
-    root, _, labels = cifar_files(name)
-    out = root / "run"
-    argv = ["--dataset", name, "--data-dir", str(root), "--target", "cnn", "--guide", "cnn"]
-    assert main([*argv, "--epochs", "1", "--steps", "2", "--batch-size", "60", "--out", str(out)]) == 0
-    last = torch.load(out / "last.pt", weights_only=True)
-    assert last["target"]["linear.weight"].shape == (classes, 64) and len(last["classes"]) == classes
-    report = out / "report.json"
-    assert evaluate.main([str(out / "last.pt"), "--attacks", "clean,pgd10", "--json", str(report)]) == 0
-    rows = json.loads(report.read_text())["results"]
-    assert [row["n"] for row in rows] == [50, 50] == [len(labels["test"])] * 2
-    # the same figure, counted by hand from the published bytes
-    model = build_model("cnn", classes)
-    model.load_state_dict(torch.load(out / "weights.pt", weights_only=True))
-    assert rows[0]["correct"] == sum(by_hand(model, root, name) == torch.tensor(labels["test"]))
+def test_cifar_in_its_published_layout_trains_resumes_elsewhere_and_evaluates(name, classes, cifar_files):
+    root, raw, labels = cifar_files(name)
+    argv = ["--dataset", name, "--target", "cnn", "--guide", "cnn", "--train-images", "100"]
+    last = run(root / "run", *argv, "--data-dir", str(root), "--epochs", "1")
+    assert len(last["classes"]) == classes and last["settings"]["data_dir"] == str(root)
+    root = root.rename(f"{root}-moved")
+    run(root / "run", *argv, "--data-dir", str(root), "--resume")
+    network = build_model("cnn", classes)
+    network.load_state_dict(torch.load(root / "run" / "weights.pt"))
+    test = data.Images(torch.tensor(raw["test"]).view(-1, 3, 32, 32), torch.tensor(labels["test"]), [])
+    argv = [str(root / "run" / "last.pt"), "--attacks", "clean,pgd10", "--device", "cpu"]
+    assert evaluate.main([*argv, "--json", str(root / "report.json")]) == 0
+    row = json.loads((root / "report.json").read_text())["results"][0]
+    assert (row["n"], row["correct"]) == (50, 50 * counted_accuracy(network, test))
 
 
-def by_hand(model, root, name):
-    import pickle
-
-    file = {"cifar10": "cifar-10-batches-py/test_batch", "cifar100": "cifar-100-python/test"}[name]
-    rows = torch.from_numpy(pickle.loads((root / file).read_bytes())["data"])
-    with torch.no_grad():
-        return model.eval()(rows.view(-1, 3, 32, 32) / 255).argmax(1)
+# stopping and resuming
 
 
-# going on, averaging, held-out images
+def check_resume(folder, copy, whole, *argv):
+    """A copy that a kill left resumes, in `folder`, to what the whole run ended in."""
+    resumed = Path(shutil.copytree(copy, folder / copy.name))
+    assert main([*argv, "--out", str(resumed), "--resume"]) == 0
+    assert ending(resumed) == ending(whole)
+    assert sorted(os.listdir(resumed)) == sorted(os.listdir(whole)), "an unfinished file stayed"
 
 
-def check_resume(module, folder):
-    """A run interrupted after its first epoch ends in the bytes of one that was not."""
-    schedule = ["--lr-milestones", "2", "--ema", "0.9", "--val-images", "20"]
-    whole = run(folder / "whole", *schedule, module=module)
-    run(folder / "parts", *schedule, "--epochs", "1", module=module)
-    assert module.main(["--out", str(folder / "parts"), "--resume", "--epochs", "2"]) == 0
-    assert digest(folder / "parts") == whole
-    a, b = (torch.load(folder / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
-    for role in ("target", "guide", "ema"):
-        assert all(torch.equal(a[role][key], b[role][key]) for key in a[role]), role
-    times = ("seconds", "images_per_second")
-    assert [{k: v for k, v in row.items() if k not in times} for row in a["log"]] == [
-        {k: v for k, v in row.items() if k not in times} for row in b["log"]
-    ]
+def test_a_run_killed_before_any_rename_of_a_file_resumes_to_the_same_bytes(tmp_path, whole):
+    run_dir, made, _, _ = whole
+    names = ["best.pt", "config.json", "epoch002.pt", "last.pt", "log.jsonl", "weights.pt"]
+    assert sorted(os.listdir(run_dir)) == names and len(made) == 11
+    for copy in made:
+        check_resume(tmp_path, copy, run_dir, *LONG)
 
 
-def test_a_resumed_run_ends_in_the_same_bytes(tmp_path):
-    check_resume(train_dynat, tmp_path)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_killed_in_the_save_of_its_second_epoch_resumes_to_the_same_bytes(tmp_path, method):
+    early = ["--burn-in", "1"] if "burn_in" in METHODS[method]["step_settings"] else []
+    with copies(tmp_path / "whole") as made:
+        run(tmp_path / "whole", "--method", method, *early)
+    assert checkpoints.load(made[5] / "last.pt")["epoch"] == 1
+    check_resume(tmp_path / "resumed", made[5], tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
-    "old",
+    ("module", "function", "old", "new"),
     [
-        'optimizer.load_state_dict(former["optimizer"])',
-        'checkpoints.load_weights(averaged.module, former["ema"], "the checkpoint\'s average")',
-        "averaged.n_averaged.fill_(1)",
+        (checkpoints, "load_state", 'load_momentum(optimizer, checkpoint["optimizer"])', "pass"),
+        (checkpoints, "load_state", "in models.items():", "in networks.items():"),
+        (train_dynat, "train", 'log = checkpoint["log"]', "log = []"),
+        (train_dynat, "train", "range(len(log) + 1, epochs + 1)", "range(1, epochs + 1)"),
+        (train_dynat, "train", "first_update = epoch == 1 and", "first_update ="),
     ],
 )
-def test_a_resume_that_forgets_something_is_rejected(tmp_path, monkeypatch, old):
-    monkeypatch.setattr(engine, "restore", mutant(engine.restore, (old, "pass")))
+def test_a_resume_that_forgets_something_is_rejected(tmp_path, monkeypatch, whole, module, function, old, new):
+    monkeypatch.setattr(module, function, mutant(getattr(module, function), (old, new)))
+    run_dir, made, _, _ = whole
     with pytest.raises(AssertionError):
-        check_resume(train_dynat, tmp_path)
+        check_resume(tmp_path, made[7], run_dir)  # its second epoch is not saved
 
 
-def test_resume_starts_a_run_that_has_no_checkpoint_yet_and_refuses_other_flags(tmp_path, capsys):
-    out = tmp_path / "a"
-    out.mkdir()  # as a run leaves it that is killed in its first epoch
-    first = run(out, "--resume")
-    assert run(tmp_path / "b") == first
-    assert "beta" in error_of(capsys, "--resume", "--out", str(out), "--beta", "2")
-    assert "--resume" in error_of(capsys, *SHORT, "--out", str(out))
-    assert digest(out) == first
+def test_ctrl_c_says_what_is_saved(tmp_path, capsys, monkeypatch):
+    def interrupted(call, step, **arguments):
+        if call in (3, 3 + 4):
+            raise KeyboardInterrupt
+        return step(**arguments)
+
+    change_step(monkeypatch, interrupted)
+    for name, said in (
+        ("a", "nothing was saved yet"),
+        ("b", "everything up to epoch 1 is saved; to go on, add --out {} --resume"),
+    ):
+        assert main([*SHORT, "--out", str(tmp_path / name)]) == 130
+        assert capsys.readouterr().err == f"interrupted: {said.format(tmp_path / name)}\n"
 
 
-def test_held_out_images_select_the_best_epoch_and_are_not_trained_on(tmp_path, monkeypatch):
-    seen = []
-    batches = train_dynat.train_batches
+@pytest.mark.parametrize(
+    ("spoiled", "update", "said"),
+    [
+        ("loss", 5, "the loss is not finite in update 2 of epoch 2"),
+        ("weight", 5, "the loss is not finite in update 3 of epoch 2"),
+        ("weight", 6, "a weight is not finite after epoch 2"),
+    ],
+)
+def test_an_update_that_is_not_finite_is_named_and_not_saved(tmp_path, capsys, whole, spoiled, update, said):
+    def spoil(call, step, *, target, **others):
+        x_adv, metrics = step(target=target, **others)
+        if call == update and spoiled == "weight":
+            target.model.linear.bias.data[0] = float("inf")
+        elif call >= update and spoiled == "loss":
+            metrics["loss"] = metrics["loss"] * float("nan")
+        return x_adv, metrics
 
-    def watched(images, *args):
-        seen.append(images.x)
-        return batches(images, *args)
-
-    monkeypatch.setattr(train_dynat, "train_batches", watched)
-    values = iter([2 / 3, 1 / 3])  # the first epoch is the best
-    monkeypatch.setattr(train_dynat, "accuracy", lambda _, __, attack, ___: next(values) if attack == "pgd10" else 0.5)
-    run(tmp_path / "a", "--val-images", "50")
-    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert [row["val_pgd"] for row in rows] == pytest.approx([2 / 3, 1 / 3])
-    assert torch.load(tmp_path / "a" / "best.pt", weights_only=True)["epoch"] == 1
-    held_out = train_dynat.subset(train_dynat.load_images("tiny", "train"), 50, seed=1).x
-    trained = {bytes(image.numpy().tobytes()) for image in seen[0]}
-    assert not trained & {bytes(image.numpy().tobytes()) for image in held_out}
+    with pytest.MonkeyPatch.context() as patch:
+        change_step(patch, spoil)
+        assert main([*LONG, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}: this epoch is not saved")
+    check_resume(tmp_path / "resumed", tmp_path / "run", whole[0])
 
 
-def test_the_average_follows_the_target(tmp_path):
-    """One update with decay d: the first average is the target itself; two: d * former + (1 - d) * target."""
-    for epochs in (1, 2):
-        run(
-            tmp_path / str(epochs),
-            "--epochs",
-            str(epochs),
-            "--batch-size",
-            "96",
-            "--ema",
-            "3/4",
-            "--lr-milestones",
-            "9",
-        )
-    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in "12")
-    key = "linear.weight"
-    assert torch.equal(one["ema"][key], one["target"][key])
-    torch.testing.assert_close(two["ema"][key], 0.75 * one["target"][key] + 0.25 * two["target"][key])
+def test_resume_refuses_other_settings_images_and_past_epochs_and_changes_nothing(tmp_path, capsys, monkeypatch, whole):
+    run_dir = shutil.copytree(whole[0], tmp_path / "run")
+    files = {file.name: file.read_bytes() for file in run_dir.iterdir()}
+
+    def refused(*argv):
+        assert main(["--out", str(run_dir), *argv]) == 2
+        return capsys.readouterr().err
+
+    assert "exists already" in refused(*LONG)
+    assert f"the beta of the run in {run_dir} was 1.0, is 2.0" in refused("--resume", "--beta", "2")
+    assert "has 2 epochs already" in refused("--resume", "--epochs", "1")
+    tiny = data.tiny
+    monkeypatch.setattr(data, "tiny", lambda split: tiny(split) if split == "train" else tiny(split).select(slice(29)))
+    assert "the test images are not those of the run" in refused("--resume")
+    assert {file.name: file.read_bytes() for file in run_dir.iterdir()} == files
+
+
+def test_more_epochs_continue_with_the_schedule_as_it_was(tmp_path, whole):
+    run_dir = shutil.copytree(whole[0], tmp_path / "run")
+    assert main(["--out", str(run_dir), "--resume", "--epochs", "3"]) == 0
+    before, after = (checkpoints.load(folder / "last.pt") for folder in (whole[0], run_dir))
+    assert after["settings"] == {**before["settings"], "epochs": 3}
+    assert after["log"][:2] == before["log"]
+    assert after["log"][2]["lr"] == learning_rate(before["settings"], 3) == pytest.approx(0.001)
+
+
+def test_resume_without_out_finds_the_run_by_its_default_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_dynat.TINY, "epochs", 1)
+    argv = ["--dataset", "tiny", "--device", "cpu", "--steps", "1", "--resume"]
+    found = lambda: {path.name: checkpoints.load(path / "last.pt")["epoch"] for path in Path("runs").iterdir()}
+    for typed, note in ([], True), (["--epochs", "3"], False), (["--seed", "2", "--epochs", "2"], True):
+        assert main([*argv, *typed]) == 0
+        assert ("note: no run in runs/" in capsys.readouterr().out) == note
+    assert found() == {"dynat-tiny-cnn-s1-steps-1": 3, "dynat-tiny-cnn-s2-epochs-2-steps-1": 2}
+    assert main([*argv, "--seed", "2", "--epochs", "2"]) == 0
+    assert len(found()) == 2
