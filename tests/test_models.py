@@ -5,9 +5,8 @@ import zlib
 
 import pytest
 import torch
-from cases import GOLDEN, assert_close, mutant_module
+from cases import GOLDEN, assert_close
 
-import models
 from checkpoints import bare_state_dict, load_weights
 from models import build_model
 
@@ -59,36 +58,16 @@ def filled_state(case):
     }
 
 
-def check_logits(name, build):
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_the_releases_network(name):
     case = ARCHITECTURES[name]
-    model = build(NAMES[name], num_classes=100 if name.endswith("c100") else 10)
+    model = build_model(NAMES[name], num_classes=100 if name.endswith("c100") else 10)
     load_weights(model.double(), bare_state_dict(filled_state(case)))
     x = case["x"]
     assert_close(x.flatten(), uniform("input", x.numel()), 1e-12, "the recipe")
     with torch.no_grad():
         assert_close(model.eval()(x), case["logits_eval"], 1e-9, "logits in eval mode")
         assert_close(model.train()(x), case["logits_train"], 1e-9, "logits in train mode")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_equal_the_releases_network(name):
-    check_logits(name, build_model)
-
-
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
-        ("resnet18", "strides=(1, 2, 2, 2)", "strides=(1, 1, 2, 2)"),
-        ("resnet18_lbgat", "strides=(1, 1, 2, 2)", "strides=(1, 2, 2, 2)"),
-        ("preactresnet18", "shortcut = x if self.shortcut is None else self.shortcut(out)",
-         "shortcut = x if self.shortcut is None else self.shortcut(x)"),
-        ("resnet18", "return relu(self.bn2(self.conv2(out)).add_(self.shortcut(x)))",
-         "return self.bn2(self.conv2(out)).add_(self.shortcut(x))"),
-    ],
-)  # fmt: skip
-def test_another_network_is_rejected(name, old, new):
-    with pytest.raises(AssertionError, match="logits"):
-        check_logits(name, mutant_module(models, (old, new)).build_model)
 
 
 @pytest.mark.parametrize("name", NAMES)
