@@ -32,13 +32,15 @@ except ImportError:  # Windows, where a second run in the directory is not notic
 DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 that its forward never uses
 WRAPPERS = ("state_dict", "model", "net")  # keys under which other projects keep the weights
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
-# What torch and zipfile raise for a truncated file or one that is no checkpoint.
-UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError, zipfile.BadZipFile)
 # Names under which other projects keep the normalisation of images: in the network, or in a layer before it.
 NORMALISATIONS = (("mu", "sigma"), ("mean", "std"))
-RUN_KINDS = {"target": dict, "optimizer": dict, "epoch": int, "settings": dict, "classes": list, "log": list,
-             "images": dict}  # fmt: skip
-OUR_PARTIAL = rf"\.(config\.json|log\.jsonl|(last|best|weights|epoch\d+)\.pt)\.\d+\{PARTIAL}"
+# What a checkpoint must hold to be evaluated, and to be continued; its settings, and each row of its log.
+TRAINED = {"target": dict, "classes": list, "epoch": int, "settings": dict}
+RUN = {**TRAINED, "optimizer": dict, "log": list, "images": dict}
+SETTINGS = {"target": str, "dataset": str, "data_dir": (str, type(None))}
+ROW = dict.fromkeys(("epoch", "lr", "loss", "seconds", "images_per_second"), (int, float))
+OUR_FILE = r"(config\.json|log\.jsonl|(last|best|weights|epoch\d+)\.pt)"
+OUR_PARTIAL = rf"\.{OUR_FILE}\.\d+\{PARTIAL}"
 
 
 # Any file
@@ -90,14 +92,16 @@ def load_with_sha256(path):
                 if damaged:
                     raise UserError(f"{path} is damaged: its entry {damaged} does not match its checksum")
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            _check_tensors(found, path)
+    except (UserError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         # A pickle begins with 0x80, alone or in a zip archive. Any other file is no code either, only unreadable.
         if beginning.startswith((b"\x80", b"pk")) and re.search("GLOBAL|Unsupported", str(error)):
             raise UserError(f"{path} holds more than tensors and numbers and could run code: refused") from None
         raise UserError(f"{path} is not a checkpoint, or a damaged one") from None
-    except UNREADABLE:
+    except Exception:  # a damaged file makes torch, pickle and zipfile raise anything
         raise UserError(f"{path} is not a checkpoint, or a truncated one") from None
-    _check_tensors(found, path)
     return found, hashlib.sha256(content).hexdigest()
 
 
@@ -105,8 +109,8 @@ def _check_tensors(content, path):
     """Raises UserError if a tensor inside is not a plain one of real numbers in memory."""
     if isinstance(content, torch.Tensor):
         plain = content.layout == torch.strided and content.device.type == "cpu"
-        if not plain or content.is_quantized or content.is_complex():
-            raise UserError(f"{path} holds a tensor that is sparse, quantised, complex or without content")
+        if not plain or content.is_nested or content.is_quantized or content.is_complex():
+            raise UserError(f"{path} holds a tensor that is sparse, nested, quantised, complex or without content")
     elif isinstance(content, (dict, list, tuple)):
         for value in content.values() if isinstance(content, dict) else content:
             _check_tensors(value, path)
@@ -191,8 +195,9 @@ def load_weights(model, state_dict, source="checkpoint"):
     uncounted = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
     state_dict = {**uncounted, **state_dict}
     for key in expected.keys() & state_dict.keys():
-        if not isinstance(state_dict[key], torch.Tensor):
-            raise UserError(f"{source} is damaged: {key} is not a tensor")
+        value, kind = state_dict[key], expected[key].dtype
+        if not isinstance(value, torch.Tensor) or (kind.is_floating_point and not _is_finite(value, kind)):
+            raise UserError(f"{source} is damaged: {key} is not a tensor of finite numbers")
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected]
     reshaped = [
@@ -210,6 +215,11 @@ def load_weights(model, state_dict, source="checkpoint"):
     model.load_state_dict(state_dict)
 
 
+def _is_finite(tensor, dtype):
+    """Whether all of `tensor` are floating-point numbers that stay finite in `dtype`."""
+    return tensor.is_floating_point() and bool(tensor.to(dtype).isfinite().all())
+
+
 def _some(keys, shown=3):
     return ", ".join(map(str, keys[:shown])) + (" ..." if len(keys) > shown else "")
 
@@ -219,10 +229,7 @@ def load_trained(path, target=None, dataset=None):
     network and of the data set. Raises UserError if these do not fit the file."""
     content, sha256 = load_with_sha256(path)
     if isinstance(content, dict) and isinstance(content.get("settings"), dict):
-        missing = missing_keys(content, {"target": dict, "classes": list, "epoch": int})
-        missing += missing_keys(content["settings"], {"target": str, "dataset": str})
-        if missing:
-            raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(missing)}")
+        check_run(content, path, TRAINED)
         if target not in (None, content["settings"]["target"]):
             raise UserError(f"the target of {path} is {content['settings']['target']}, not {target}")
         return content, sha256
@@ -268,11 +275,10 @@ def claim_run_dir(run_dir, resume):
             raise UserError(f"{run_dir} cannot be made ({error.strerror}): choose another --out") from None
         stack.enter_context(lock(run_dir, f"another run is at work in {run_dir}: wait for it, or choose another --out"))
         checkpoint = load_run(run_dir / "last.pt") if (run_dir / "last.pt").exists() else None
-        if checkpoint is None:
-            _check_unused(run_dir)
-        for file in run_dir.iterdir():
-            if re.fullmatch(OUR_PARTIAL, file.name):  # a killed run was writing it
-                file.unlink()
+        if checkpoint is not None or _is_begun(run_dir):
+            for file in run_dir.iterdir():
+                if re.fullmatch(OUR_PARTIAL, file.name):  # a killed run was writing it
+                    file.unlink()
         yield checkpoint
 
 
@@ -296,15 +302,16 @@ def lock(path, refusal):
         os.close(handle)
 
 
-def _check_unused(run_dir):
-    """Raises UserError if a run that starts here would overwrite a file that no unfinished first epoch left."""
-    names = ["log.jsonl", "weights.pt"]
+def _is_begun(run_dir):
+    """Whether `run_dir` is of a run that was stopped in its first epoch. Raises UserError if a run that starts here
+    would overwrite anything else."""
     config = run_dir / "config.json"
-    if config.exists() and not (config.is_file() and '"settings"' in config.read_text("utf-8", errors="replace")):
-        names.append("config.json")
-    for name in names:
-        if (run_dir / name).exists():
-            raise UserError(f"{run_dir / name} is there, but no last.pt to continue from: choose another --out")
+    begun = config.is_file() and '"settings"' in config.read_text("utf-8", errors="replace")
+    for file in sorted(run_dir.iterdir()):
+        of_first_epoch = begun and re.fullmatch(r"config\.json|(best|epoch\d+)\.pt", file.name)
+        if re.fullmatch(OUR_FILE, file.name) and not of_first_epoch:
+            raise UserError(f"{file} is there, but no last.pt to continue from: choose another --out")
+    return begun
 
 
 def _remove_empty(folders):
@@ -315,17 +322,46 @@ def _remove_empty(folders):
 
 def load_run(path):
     """The checkpoint of a run, to continue it. Raises UserError if it is not one."""
-    checkpoint = load(path)
-    missing = missing_keys(checkpoint, RUN_KINDS)
+    try:
+        checkpoint = load(path)
+        check_run(checkpoint, path, RUN)
+    except UserError as error:
+        raise UserError(f"{error}; bring back a copy of it, or start anew with another --out") from None
+    return checkpoint
+
+
+def check_run(content, path, kinds):
+    """Raises UserError unless `content`, from the file `path`, is a run's checkpoint with everything in `kinds`."""
+    missing = missing_keys(content, kinds)
     if not missing:
-        epochs = [row.get("epoch") if isinstance(row, dict) else None for row in checkpoint["log"]]
-        if epochs != list(range(1, checkpoint["epoch"] + 1)):
-            missing.append(f"log of epochs 1 to {checkpoint['epoch']}")
-        if not all(isinstance(name, str) for name in checkpoint["classes"]):
+        missing = missing_keys(content["settings"], SETTINGS)
+        if not _is_json(content["settings"]):
+            missing.append("settings of numbers and words")
+        if not all(isinstance(name, str) for name in content["classes"]):
             missing.append("names of classes")
+        if "log" in kinds and not _is_log(content["log"], content["epoch"]):
+            missing.append("log of numbers for each epoch")
     if missing:
         raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(missing)}")
-    return checkpoint
+
+
+def _is_json(value):
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_log(log, epochs):
+    """Whether `log` has a row of finite numbers, accuracies between 0 and 1, for each epoch from 1 to `epochs`."""
+    if not log or len(log) != epochs or not _is_json(log) or any(missing_keys(row, ROW) for row in log):
+        return False
+    numbers = [(name, value) for row in log for name, value in row.items()]
+    if not all(isinstance(name, str) and type(value) in (int, float) for name, value in numbers):
+        return False
+    accuracies = [value for name, value in numbers if name.endswith("_acc") or name.startswith("val_")]
+    return all(0 <= value <= 1 for value in accuracies) and [row["epoch"] for row in log] == list(range(1, epochs + 1))
 
 
 def load_state(checkpoint, networks, ema, optimizer):
@@ -336,13 +372,25 @@ def load_state(checkpoint, networks, ema, optimizer):
         raise UserError(f"the checkpoint has no {', '.join(missing)}")
     for role, model in models.items():
         load_weights(model, checkpoint[role], f"the checkpoint's {role}")
+    load_momentum(optimizer, checkpoint["optimizer"])
+
+
+def load_momentum(optimizer, saved):
+    """Loads the momentum of each weight from the state_dict of an SGD. All else in it follows from the settings."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    used = weights if optimizer.param_groups[0]["momentum"] else []
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for weight, state in optimizer.state.items():
-            if state.get("momentum_buffer") is not None and state["momentum_buffer"].shape != weight.shape:
-                raise ValueError("a momentum has another shape than its weight")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the checkpoint's optimizer is of other networks: {first_line(error)}") from None
+        momenta = [saved["state"][index]["momentum_buffer"] for index in range(len(used))]
+        fits = len(saved["state"]) == len(used) and all(
+            momentum.shape == weight.shape and momentum.dtype == weight.dtype and _is_finite(momentum, weight.dtype)
+            for momentum, weight in zip(momenta, used, strict=True)
+        )
+    except (LookupError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError("the checkpoint's optimizer is of other networks, or damaged: not each weight has its momentum")
+    state = {index: {"momentum_buffer": momentum.clone()} for index, momentum in enumerate(momenta)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def save_run(run_dir, checkpoint, config, *, best, keep):
@@ -372,7 +420,7 @@ def write_config(run_dir, config):
 def what_is_saved(run_dir):
     """For somebody whose run ended early: what is kept, and how to go on."""
     log = run_dir / "log.jsonl"
-    if not log.exists():
+    if not log.is_file():
         return "nothing was saved yet"
     epochs = log.read_text(encoding="utf-8").count("\n")
     return f"everything up to epoch {epochs} is saved; to go on, add --out {run_dir} --resume"

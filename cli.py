@@ -77,7 +77,8 @@ def exit_status(main):
             return 0
         except BrokenPipeError as error:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python complains once more at its end)
-            line, status = ": ".join(["error: nobody reads standard output any more", *map(str, error.args[:1])]), 2
+            kept = [] if error.errno else error.args  # a main may raise it again with what it has kept
+            line, status = ": ".join(["error: nobody reads standard output any more", *kept]), 2
         except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
             line, status = f"error: {error}", 2
         except (MemoryError, RuntimeError) as error:
@@ -89,7 +90,10 @@ def exit_status(main):
         except KeyboardInterrupt as stop:
             line, status = ": ".join(["interrupted", *stop.args]), 130
         if speaks:  # names of files and weights may hold line breaks and a terminal's commands
-            print("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
+            try:
+                print("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
+            except BrokenPipeError:  # as in 2>&1 | head
+                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         return status
 
     return wrapped
@@ -151,8 +155,9 @@ class Progress:
             print(f"{text}: about {tqdm.format_interval(left)} left", flush=True)
 
     def write(self, line):
-        """Prints a line above the bar."""
+        """Prints a line above the bar, at once."""
         self.bar.write(line)
+        sys.stdout.flush()
 
 
 def pick_device(name=None):

@@ -201,8 +201,7 @@ def folder(data_dir, split):
     if x is None:
         decoded = [_decode(file) for file in tqdm(files, desc=f"decoding {root}", disable=None, leave=False)]
         if transparent := sum(has_alpha for _, has_alpha in decoded):
-            print(f"note: {transparent} images below {root} are transparent: only their colours are used",
-                  file=sys.stderr)  # fmt: skip
+            print(f"note: {transparent} images below {root} store transparency: it is ignored", file=sys.stderr)
         x = torch.stack([image for image, _ in decoded])
         _keep(cache, stamp.hexdigest(), x)
     return Images(x, torch.tensor(labels), classes)
@@ -215,7 +214,7 @@ def _decode(file):
             warnings.simplefilter("ignore")  # about size and metadata; an image is still an image
             with Image.open(file) as image:
                 if image.mode in ("I", "F"):  # Pillow would clip them to white or black
-                    raise UserError(f"{file} has 32 bits per pixel: save it with 8 or 16")
+                    raise UserError(f"Pillow reads {file} with 32 bits per pixel: save it with 8 bits per channel")
                 transparent = image.has_transparency_data
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I;16"):
