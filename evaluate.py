@@ -6,19 +6,67 @@ interval.
 fgsm     one step of epsilon on CE, no random start
 pgdK     K steps on CE from a uniform start; an image once fooled stays fooled
 cw       20 such steps on C&W's margin, max_{c != y} z_c - z_y, kappa = 0
+apgd     AutoAttack's first attack alone: Auto-PGD on CE, 100 steps, one restart
+aa-fast  its first two, Auto-PGD on CE and on the targeted DLR loss
+aa       AutoAttack "standard": these two, targeted FAB and Square with 5,000 queries
+
+fgsm, pgdK and cw are the evaluations of the paper's tables (auto_attack_eval1.py in its release). AutoAttack is by
+Croce and Hein (2020), from the package pyautoattack; what its own checks find is printed as warnings. All attacks run
+in float32 and in eval mode. On the same device a command gives the same figures again, except for AutoAttack on a GPU:
+FAB uses `cumsum`, which is not deterministic there.
+
+The result is one boolean matrix, images by attacks: which images are still classified as their label. An image that is
+misclassified without any attack is not attacked. After each batch its rows go to a progress file, from which --resume
+continues. With --json FILE.json the matrix is kept in FILE.npz.
+
+--protocol standard  every attack with epsilon 8/255 on the whole test set
+--protocol paper     as the release: AutoAttack with epsilon 0.031 on the first 1,000 test images, the rest as above
 """
 
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+import checkpoints
+import cli
 from attacks import eval_mode, linf_pgd, margin, uniform_start
-from cli import UserError
-from data import make_generator, to_float
+from cli import Parser, Progress, UserError, exit_status, in_range, numerics, parse_fraction, pick_device, provenance
+from data import DATASETS, check_classes, class_balanced_subset, load_images, make_generator, to_float
 from speed import memory_format
 
+DEFAULT_ATTACKS = "clean,pgd10,pgd20,pgd50,cw"
 ALL = ("pgd10", "pgd20", "pgd50", "cw", "aa")  # "All" of the paper's Table 1 is the mean over these
-BLOCK = 32  # consecutive test images whose starts are drawn together: a generator for each costs more than its draws
+STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")  # of AutoAttack
+AUTO_ATTACK = {"apgd": STAGES[:1], "aa-fast": STAGES[:2], "aa": STAGES}
 CW_STEPS = 20
+TARGETS = 9  # classes that apgd-t and fab-t aim at, if there are so many others
+SETTINGS = {  # what is fixed and reported; the steps of pgd are in its name
+    "fgsm": {"steps": 1},
+    "cw": {"steps": CW_STEPS, "restarts": 1, "kappa": 0},
+    "apgd-ce": {"steps": 100, "restarts": 1},
+    "apgd-t": {"steps": 100, "restarts": 1, "targets": TARGETS},
+    "fab-t": {"steps": 100, "restarts": 1, "targets": TARGETS},
+    "square": {"queries": 5000, "restarts": 1},
+}
+BLOCK = 32  # consecutive test images whose starts are drawn together: a generator for each costs more than its draws
+FLAGS = ("network", "attacks", "dataset", "weights", "epsilon", "step_size", "batch_size", "seed")
+LOGGER = logging.getLogger("auto-attack")  # of the package pyautoattack
+
+
+# Attacks
 
 
 @torch.no_grad()
@@ -54,19 +102,7 @@ def cw(model, x, y, start, **budget):
     return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, **budget)
 
 
-def starts(x, indices, epsilon, key):
-    """A uniform start for each image. It depends on `key` and the image's index in the test set alone, not on the batch
-    or on what was attacked before. Images x (B, 3, H, W), indices (B,) int64 on the CPU."""
-    blocks, block_of = (indices // BLOCK).unique(return_inverse=True)
-    slots = (block_of * BLOCK + indices % BLOCK).to(x.device)
-    start = x.new_zeros(len(blocks) * BLOCK, *x.shape[1:])
-    start[slots] = x
-    for block, rows in zip(blocks.tolist(), start.split(BLOCK), strict=True):
-        rows.copy_(uniform_start(rows, epsilon, make_generator(x.device, *key, block)))
-    return torch.empty_like(x).copy_(start[slots])  # in the memory format of x
-
-
-def shrinking(attack, model, x, y, start, *, steps, **budget):
+def drop_fooled(attack, model, x, y, start, *, steps, **budget):
     """What `attack`, pgd or cw, makes of a batch, but for rounding: an image that is fooled leaves the batch at once.
 
     Images and start (B, 3, H, W) in [0, 1], y (B,); `budget` is epsilon and step_size; returns x_adv.
@@ -87,22 +123,46 @@ def shrinking(attack, model, x, y, start, *, steps, **budget):
     return x_adv
 
 
-def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
-    """The images that attack `name` makes of x, checked elementwise: in the epsilon ball, in [0, 1] and finite.
+def starts(x, indices, epsilon, key):
+    """A uniform start for each image. It depends on `key` and the image's index in the test set alone, not on the batch
+    or on what was attacked before. Images x (B, 3, H, W), indices (B,) int64 on the CPU."""
+    blocks, block_of = (indices // BLOCK).unique(return_inverse=True)
+    slots = (block_of * BLOCK + indices % BLOCK).to(x.device)
+    start = x.new_zeros(len(blocks) * BLOCK, *x.shape[1:])
+    start[slots] = x
+    for block, rows in zip(blocks.tolist(), start.split(BLOCK), strict=True):
+        rows.copy_(uniform_start(rows, epsilon, make_generator(x.device, *key, block)))
+    return torch.empty_like(x).copy_(start[slots])  # in the memory format of x
 
-    Images x (B, 3, H, W) in [0, 1], y (B,), their indices in the test set (B,) on the CPU. All randomness comes from
-    these, `name` and `seed`. Raises UserError if an image fails the check.
-    """
-    key = (seed, name)
-    if name == "clean":
-        return x
-    if name == "fgsm":
-        x_adv = fgsm(model, x, y, epsilon)
-    else:
-        attack, steps = (cw, CW_STEPS) if name == "cw" else (pgd, int(name.removeprefix("pgd")))
-        start = starts(x, indices, epsilon, key)
-        x_adv = shrinking(attack, model, x, y, start, epsilon=epsilon, step_size=step_size, steps=steps)
-    return checked(name, x, x_adv, epsilon)
+
+def auto_attack(model, stage, x, y, *, epsilon, seed):
+    """A stage of AutoAttack as its standard version runs it. Images (B, 3, H, W) in [0, 1], y (B,); returns x_adv, x
+    where the attack failed. The targeted stages need four classes."""
+    from pyautoattack import AutoAttack
+
+    with torch.no_grad():
+        num_classes = model(x[:1]).shape[1]
+    adversary = AutoAttack(model, norm="Linf", eps=epsilon, version="standard", seed=seed, device=x.device)
+    adversary.attacks_to_run = [stage]
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(TARGETS, num_classes - 1)
+    trace = sys.gettrace()
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):  # the package seeds torch's global generator
+        x_adv, _ = adversary.run_standard_evaluation(x.contiguous(), y, batch_size=len(y))
+    sys.settrace(trace)  # the package ends the trace of a debugger or of coverage
+    return x_adv
+
+
+@contextmanager
+def sanity_warnings():
+    """A list, to which AutoAttack's own checks add what they find inside the `with`."""
+    found = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    LOGGER.addHandler(handler)
+    try:
+        yield found
+    finally:
+        LOGGER.removeHandler(handler)
 
 
 def checked(name, x, x_adv, epsilon, slack=0.0):
@@ -113,8 +173,29 @@ def checked(name, x, x_adv, epsilon, slack=0.0):
     return x_adv
 
 
+def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
+    """The images that attack `name`, or a stage of AutoAttack, makes of x, checked elementwise: in the epsilon ball, in
+    [0, 1] and finite. Raises UserError if they are not.
+
+    Images x (B, 3, H, W) in [0, 1], y (B,), their indices in the test set (B,) on the CPU. All randomness comes from
+    the indices, `name` and `seed`.
+    """
+    if name == "clean":
+        return x
+    if name in STAGES:
+        generator = make_generator("cpu", seed, name, int(indices[0]))
+        x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=generator.initial_seed())
+        return checked(name, x, x_adv, epsilon, slack=1e-6)  # FAB measures |x_adv - x|, which rounds
+    if name == "fgsm":
+        return checked(name, x, fgsm(model, x, y, epsilon), epsilon)
+    attack, steps = (cw, CW_STEPS) if name == "cw" else (pgd, int(name.removeprefix("pgd")))
+    start = starts(x, indices, epsilon, (seed, name))
+    x_adv = drop_fooled(attack, model, x, y, start, epsilon=epsilon, step_size=step_size, steps=steps)
+    return checked(name, x, x_adv, epsilon)
+
+
 def still_correct(model, images, attack, *, epsilon, step_size, batch_size, seed, indices=None):
-    """Which images are classified as their label under `attack`: clean, fgsm, pgdK or cw. In eval mode.
+    """Which images are classified as their label under `attack`, or under a stage of AutoAttack, in eval mode.
 
     indices   which of `images`, (M,) int64 on the CPU (default: all). Starts depend on them, not on the batch.
 
@@ -122,12 +203,417 @@ def still_correct(model, images, attack, *, epsilon, step_size, batch_size, seed
     """
     if indices is None:
         indices = torch.arange(len(images.y))
-    settings = {"epsilon": epsilon, "step_size": step_size, "seed": seed}
+    budget = {"epsilon": epsilon, "step_size": step_size, "seed": seed}
     layout = memory_format(images.x.device, "fp32")
     masks = [torch.zeros(0, dtype=torch.bool)]
     with eval_mode(model):
         for batch in indices.split(batch_size) if len(indices) else ():
             selected = images.select(batch.to(images.y.device))
-            x_adv = attack_batch(model, attack, to_float(selected.x, layout), selected.y, batch, **settings)
+            x_adv = attack_batch(model, attack, to_float(selected.x, layout), selected.y, batch, **budget)
             masks.append(correct(model, x_adv, selected.y).cpu())
     return torch.cat(masks)
+
+
+# The matrix
+
+
+class Column(NamedTuple):
+    """A column of the matrix: an attack, or a stage of AutoAttack, on a network and the first n images."""
+
+    network: str  # target or guide
+    attack: str
+    epsilon: float | None
+    n: int
+
+
+def plan_columns(roles, attacks, total):
+    """The columns behind each asked attack: {(network, attack): [clean, ...]}. Each attacks the images that are still
+    correct in the one before. AutoAttack's versions share theirs.
+
+    `attacks` is {name: (number of images, epsilon)}, `total` the number of all images.
+    """
+    chains = {}
+    for role in roles:
+        for name, (n, epsilon) in attacks.items():
+            stages = AUTO_ATTACK.get(name, [] if name == "clean" else [name])
+            attacked = [Column(role, stage, epsilon, n) for stage in stages]
+            chains[role, name] = [Column(role, "clean", None, total), *attacked]
+    return chains
+
+
+def attack_columns(networks, chains, images, indices, *, step_size, seed):
+    """The matrix's rows for the images at `indices`, as a progress file holds them: "rows" (of an image, a 0 or 1 per
+    column), "seconds" (per column) and AutoAttack's "warnings"."""
+    masks, seconds, warnings = {}, [], []
+    for chain in chains.values():
+        active = torch.ones(len(indices), dtype=torch.bool)
+        for column in chain:
+            if column not in masks:
+                began = time.perf_counter()
+                active = active & (indices < column.n)
+                masks[column] = torch.zeros_like(active)
+                with sanity_warnings() as sentences:
+                    masks[column][active] = still_correct(
+                        networks[column.network], images, column.attack, epsilon=column.epsilon, step_size=step_size,
+                        batch_size=len(indices), seed=seed, indices=indices[active],
+                    )  # fmt: skip
+                where = f"{column.network}: AutoAttack on images {indices[0]} to {indices[-1]}"
+                warnings += [f"{where}: {sentence}" for sentence in sentences]
+                seconds.append(time.perf_counter() - began)
+            active = masks[column]
+    rows = torch.stack(list(masks.values()), 1).int().tolist()
+    return {"rows": ["".join(map(str, row)) for row in rows], "seconds": seconds, "warnings": warnings}
+
+
+def wilson(hits, n):
+    """The 95 % confidence interval of a fraction, `hits` of `n` (Wilson, 1927): (low, high)."""
+    z = 1.959964
+    centre = (hits + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def accuracy_row(mask):
+    """n, correct, accuracy and interval of a mask (n,) bool."""
+    n, hits = len(mask), int(mask.sum())
+    return {"n": n, "correct": hits, "accuracy": hits / n, "interval": wilson(hits, n)}
+
+
+def result_row(role, name, chain, masks, seconds, step_size, num_classes):
+    """What the JSON says of an attack on a network. `chain` are its columns; `masks` and `seconds` are by column."""
+    n, stages = chain[-1].n, []
+    for column in chain:
+        settings = dict(SETTINGS.get(column.attack, {}))
+        if column.attack.startswith("pgd"):
+            settings = {"steps": int(column.attack.removeprefix("pgd")), "restarts": 1}
+        if "targets" in settings:
+            settings["targets"] = min(TARGETS, num_classes - 1)
+        attacked = stages[-1]["correct"] if stages else n
+        count = {"attacked": attacked, "correct": int(masks[column][:n].sum()), "seconds": seconds[column]}
+        stages.append({"attack": column.attack, **settings, **count})
+    row = {"network": role, "attack": name, **accuracy_row(masks[chain[-1]][:n])}
+    row["seconds"] = sum(stage["seconds"] for stage in stages[1:] or stages)
+    if name != "clean":
+        row["epsilon"] = chain[-1].epsilon
+    if name == "cw" or name.startswith("pgd"):
+        row["step_size"] = step_size
+    return row | ({"stages": stages} if name in AUTO_ATTACK else settings)
+
+
+def worst_case(rows, masks):
+    """Accuracy over attacks of equal network, epsilon and images: an image counts if it is correct under each.
+
+    A row of the JSON and a mask (n,) bool per attack; returns a dict for each group of several attacks.
+    """
+    groups = {}
+    for row, mask in zip(rows, masks, strict=True):
+        if "epsilon" in row:  # a clean mistake counts as one under every attack already
+            groups.setdefault((row["network"], row["epsilon"], row["n"]), []).append((row["attack"], mask))
+    cells = []
+    for (role, epsilon, _), members in groups.items():
+        if len(members) > 1:
+            robust = torch.stack([mask for _, mask in members]).all(0)
+            names = [name for name, _ in members]
+            cells.append({"network": role, "attacks": names, "epsilon": epsilon, **accuracy_row(robust)})
+    return cells
+
+
+def table(rows, cells):
+    """Results and worst cases of the JSON, a line each. "All" is there if each of its five attacks was measured."""
+    lines = ["network  attack      accuracy     95 % interval           n  epsilon   seconds"]
+    for row in [*rows, *({"attack": "worst case", **cell} for cell in cells)]:
+        low, high = row["interval"]
+        line = (
+            f"{row['network']:7}  {row['attack']:10}  {row['accuracy']:8.2%}  {low:7.2%} to {high:7.2%}  {row['n']:6}"
+        )
+        for name, digits in (("epsilon", 5), ("seconds", 1)):
+            line += f"  {row[name]:8.{digits}f}" if name in row else " " * 10
+        lines.append(line.rstrip())
+    for role in dict.fromkeys(row["network"] for row in rows):
+        found = {row["attack"]: row["accuracy"] for row in rows if row["network"] == role}
+        if found.keys() >= set(ALL):
+            lines.append(f"{role:7}  All         {sum(found[name] for name in ALL) / len(ALL):8.2%}")
+    return "\n".join(lines)
+
+
+def matrix_of(chains, batches):
+    """({column: mask over the images of the batches}, {column: seconds})."""
+    columns = {column: None for chain in chains.values() for column in chain}  # in order
+    masks = torch.cat([rows for rows, _, _ in batches]).T
+    seconds = sum(seconds for _, seconds, _ in batches).tolist()
+    return dict(zip(columns, masks, strict=True)), dict(zip(columns, seconds, strict=True))
+
+
+def collect_warnings(chains, masks, batches):
+    """What AutoAttack's own checks found, of sentences that differ in numbers alone the first. The check of Square,
+    whether it fooled many images that the other stages had left, needs the whole test set."""
+    sentences = [sentence for _, _, warnings in batches for sentence in warnings]
+    for (role, name), chain in chains.items():
+        if name == "aa":
+            from pyautoattack.checks import check_square_sr
+
+            accuracies = {column.attack: accuracy_row(masks[column][: chain[-1].n])["accuracy"] for column in chain}
+            with sanity_warnings() as found:
+                check_square_sr(accuracies, logger=LOGGER)
+            sentences += [f"{role}: AutoAttack: {sentence}" for sentence in found]
+    kinds = {}
+    for sentence in sentences:
+        kinds.setdefault(re.sub(r"\d+", "", sentence), sentence)
+    return list(kinds.values())
+
+
+# Files
+
+
+@contextmanager
+def open_progress(path, report, shapes, resume):
+    """Locks a progress file inside the `with`, which gets the finished batches, a list as of `to_tensors`, and a
+    function that adds one of `attack_columns`. A file without a batch is removed at the end.
+
+    `shapes` are those of the rows of all batches, (images, columns). Raises UserError if another evaluation is at work
+    on the file, or if it is there and not of the evaluation that `report` describes.
+    """
+    if path.exists() and not path.is_file():  # a pipe might never end
+        raise UserError(f"{path} is not a file")
+    if resume and not path.exists():
+        print(f"note: there is no {path} to continue from: starting the evaluation")
+
+    def append(batch):
+        lines = [batch] if batches else [{"evaluation": report}, batch]
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        batches.append(to_tensors(batch, shapes[len(batches)]))
+
+    path.touch()
+    with checkpoints.lock(path, f"another evaluation is at work on {path}: wait for it, or choose another --json"):
+        content = path.read_bytes()
+        if content and not content.startswith(b'{"evaluation": '):
+            raise UserError(f"{path} is not of an evaluation: rename it")
+        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)  # a kill may leave half a line
+        if len(lines) > 1 and not resume:
+            raise UserError(f"{path} is of an interrupted evaluation: continue it with --resume, or delete it")
+        batches = read_batches(lines, report, shapes, path) if len(lines) > 1 else []
+        os.truncate(path, sum(map(len, lines)) if batches else 0)
+        try:
+            yield batches, append
+        finally:
+            if not batches:
+                path.unlink(missing_ok=True)
+
+
+def read_batches(lines, report, shapes, path):
+    """The batches in the lines of a progress file. Raises UserError if they are damaged or of another evaluation."""
+    try:
+        before, *batches = [json.loads(line) for line in lines]
+        for name, value in report.items():
+            was = before["evaluation"].get(name)
+            if was != value and name not in ("command", "checkpoint", "python", "commit"):
+                raise UserError(f"{name.replace('_', ' ')} was {was}, is {value}: use {was}, or delete {path}")
+        return [to_tensors(batch, shape) for batch, shape in zip(batches, shapes[: len(batches)], strict=True)]
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):
+        raise UserError(f"{path} is damaged: delete it") from None
+
+
+def to_tensors(batch, shape):
+    """A batch of `attack_columns` as rows (images, columns) bool, seconds (columns,), warnings. Raises ValueError,
+    TypeError, LookupError or RuntimeError if it is not one."""
+    rows = torch.tensor([["01".index(bit) for bit in row] for row in batch["rows"]]).view(shape).bool()
+    seconds = torch.tensor(batch["seconds"], dtype=torch.float64).view(shape[1])
+    if not ((seconds >= 0) & seconds.isfinite()).all():
+        raise ValueError("no durations")
+    return rows, seconds, [sentence.strip() for sentence in batch["warnings"]]
+
+
+def check_unused(outputs):
+    """Raises UserError if one of these files is there: figures are never overwritten."""
+    for path in outputs:
+        if path.exists():
+            raise UserError(f"{path} exists already: choose another --json, or delete it")
+
+
+def load_test_images(args, content):
+    """(the test images, their indices in the test set): all, or a class-balanced subset of `args.images` images, drawn
+    from `args.seed`.
+
+    They are those of the run, whose checkpoint is `content`, unless `args.dataset` and `args.data_dir` say otherwise.
+    Raises UserError if their classes are not those that the network was trained on.
+    """
+    trained_on = content["settings"].get("dataset")
+    dataset, data_dir = args.dataset or trained_on, args.data_dir
+    if data_dir is None and dataset == trained_on:
+        data_dir = content["settings"].get("data_dir")
+    if data_dir is None and dataset.startswith("cifar"):
+        data_dir = "data"
+    images = load_images(dataset, "test", data_dir)
+    check_classes(content["classes"] or images.classes, images.classes, f"{args.checkpoint} was trained on")
+    numbered = images._replace(x=torch.arange(len(images.y)))
+    indices = class_balanced_subset(numbered, args.images or len(images.y), args.seed).x
+    return images.select(indices), indices
+
+
+# Command line
+
+
+def attack_names(text):
+    """An argparse type: the names in a list such as "clean,pgd20,aa"."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not re.fullmatch(r"clean|fgsm|cw|apgd|aa|aa-fast|pgd[1-9]\d{0,3}", name):
+            raise UserError(f"unknown attack '{name}': choose from clean, fgsm, pgd<steps>, cw, apgd, aa-fast, aa")
+    if not names:
+        raise UserError("--attacks names no attack")
+    return list(dict.fromkeys(names))
+
+
+def parser():
+    p = Parser(prog="evaluate.py", description=__doc__)
+    p.add_argument("checkpoint", type=Path, help="a run's last.pt, or a file with weights")
+    add = p.add_argument_group("network").add_argument
+    add("--network", choices=("target", "guide", "target,guide"), default="target", help="one or both")
+    add("--weights", choices=("last", "ema"), default="last", help="ema: the target's average in a run with --ema")
+    add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, help="default: the run's")
+    add("--data-dir", metavar="D", help="default: the run's, else 'data'")
+    add("--images", type=in_range(int, 1), metavar="N",
+        help="a class-balanced subset of the test images, drawn from --seed (default: all)")  # fmt: skip
+    add = p.add_argument_group("attack").add_argument
+    add("--protocol", choices=("standard", "paper"), default="standard", help="see above")
+    add("--attacks", type=attack_names, metavar="LIST",
+        help="of clean, fgsm, pgd<steps>, cw, apgd, aa-fast, aa "
+             f"(default: {DEFAULT_ATTACKS}; with --protocol paper also aa)")  # fmt: skip
+    add("--epsilon", type=in_range(parse_fraction, 0, 1), default=8 / 255, metavar="E",
+        help="radius in units of pixels in [0, 1] (default: 8/255, the release)")  # fmt: skip
+    add("--step-size", type=in_range(parse_fraction, 0, 1), default=2 / 255, metavar="A",
+        help="of pgd and cw (default: 2/255, the paper)")  # fmt: skip
+    add = p.add_argument_group("run").add_argument
+    add("--batch-size", type=in_range(int, 1), default=256, metavar="B", help="a kill loses one batch at most")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    add("--seed", type=in_range(int, 0), default=0, metavar="S", help="of starts, AutoAttack and subset")
+    add("--json", type=Path, metavar="FILE", help="write the figures there, and the matrix in an .npz beside it")
+    add("--resume", action="store_true",
+        help="continue an interrupted evaluation, to the same figures; FILE.progress beside the JSON, else beside the "
+             "checkpoint, has the finished batches")  # fmt: skip
+    return p
+
+
+def protocol(args, total):
+    """What --protocol and the flags ask for: its name with the flags that differ from it, and for each attack its
+    number of images and epsilon. Raises UserError if they contradict each other."""
+    defaults = {"epsilon": 8 / 255, "step_size": 2 / 255, "images": None}
+    typed = {name: getattr(args, name) for name, value in defaults.items() if getattr(args, name) != value}
+    differing = [f"--{name.replace('_', '-')} {value:g}" for name, value in typed.items()]
+    planned = {name: (total, args.epsilon) for name in args.attacks}
+    if args.protocol == "paper":
+        if differing:
+            raise UserError(f"--protocol paper is a fixed set of attacks: leave out {' and '.join(differing)}")
+        if args.dataset == "folder":
+            raise UserError("--protocol paper takes the first 1,000 images, in a folder those of the first classes")
+        planned |= {name: (min(1000, total), 0.031) for name in args.attacks if name in ("aa", "aa-fast")}
+    return " ".join([args.protocol, *(["except for", *differing] if differing else [])]), planned
+
+
+def check_auto_attack(attacks, num_classes):
+    """{"pyautoattack": its version}, if an attack needs it. Raises UserError if an attack cannot run."""
+    if not AUTO_ATTACK.keys() & set(attacks):
+        return {}
+    for name in attacks:
+        if name in ("aa", "aa-fast") and num_classes < 4:
+            raise UserError(f"{name} needs four classes, for its targeted loss; with {num_classes}, use apgd")
+    try:
+        return {"pyautoattack": metadata.version("pyautoattack")}
+    except metadata.PackageNotFoundError:
+        raise UserError("AutoAttack is not installed: pip install pyautoattack") from None
+
+
+@exit_status
+def main(argv):
+    args = parser().parse_args(argv)
+    if args.attacks is None:
+        args.attacks = attack_names(DEFAULT_ATTACKS + (",aa" if args.protocol == "paper" else ""))
+    with numerics(deterministic=False):
+        evaluate(args, shlex.join(["python", "evaluate.py", *argv]))
+
+
+def evaluate(args, command):
+    """Attacks the networks that the flags name, writes the files, prints the figures."""
+    outputs = [args.json, args.json.with_suffix(".npz")] if args.json else []
+    if args.json and args.json.suffix != ".json":
+        raise UserError(f"--json {args.json}: it ends in .json")
+    beside = args.json or args.checkpoint
+    progress_file = beside.with_name(beside.name + ".progress")
+    check_unused(outputs if not (args.resume and progress_file.exists()) else [])
+
+    device = pick_device(args.device)
+    content, sha256 = checkpoints.load_trained(args.checkpoint, args.target, args.dataset)
+    settings = content["settings"]
+    args.dataset = args.dataset or settings["dataset"]
+    if args.weights == "ema":
+        if "ema" not in content:
+            raise UserError(f"{args.checkpoint} holds no averaged weights: train with --ema")
+        content["target"] = content["ema"]
+    images, indices = load_test_images(args, content)
+    images, total, num_classes = images.to(device), len(images.y), len(images.classes)
+    networks, layout = {}, memory_format(device, "fp32")
+    for role in args.network.split(","):
+        model = checkpoints.load_network(content, role, args.checkpoint, num_classes, layout)
+        networks[role] = model.to(device)
+    protocol_name, planned = protocol(args, total)
+    report = {
+        "command": command,
+        "checkpoint": str(args.checkpoint),
+        "sha256": sha256,
+        **provenance(device),
+        **check_auto_attack(args.attacks, num_classes),
+        "trained": {"epoch": content.get("epoch"), "settings": settings},
+        "protocol": protocol_name,
+        **{name: getattr(args, name) for name in FLAGS},
+        "test_images": images.sha256(),
+    }
+    try:
+        report = json.loads(json.dumps(report))  # as it is read from a progress file
+    except (TypeError, ValueError):
+        raise UserError(f"{args.checkpoint} holds settings that are neither numbers nor text") from None
+    print(f"{args.checkpoint}: protocol {protocol_name}, {total} test images, seed {args.seed}")
+
+    chains = plan_columns(networks, planned, total)
+    parts = torch.arange(total).split(args.batch_size)
+    shapes = [(len(part), len({column for chain in chains.values() for column in chain})) for part in parts]
+    with open_progress(progress_file, report, shapes, args.resume) as (batches, append):
+        check_unused(outputs if len(batches) < len(parts) else [])
+        done = sum(len(part) for part in parts[: len(batches)])
+        try:
+            with Progress(total, done) as bar:
+                for part in parts[len(batches) :]:
+                    append(attack_columns(networks, chains, images, part, step_size=args.step_size, seed=args.seed))
+                    done += len(part)
+                    masks, _ = matrix_of(chains, batches)
+                    means = [masks[chain[-1]][: chain[-1].n].double().mean() for chain in chains.values()]
+                    names = [" ".join(key) for key in chains]
+                    bar.update(len(part), "  ".join(f"{n} {m:.1%}" for n, m in zip(names, means, strict=True)))
+            masks, seconds = matrix_of(chains, batches)
+            report["warnings"] = collect_warnings(chains, masks, batches)
+            report["results"] = [
+                {"name": settings[role], **result_row(role, name, chain, masks, seconds, args.step_size, num_classes)}
+                for (role, name), chain in chains.items()
+            ]
+            asked = {f"{role} {name}": masks[chain[-1]][: chain[-1].n] for (role, name), chain in chains.items()}
+            report["worst_case"] = worst_case(report["results"], asked.values())
+            if args.json:
+                with cli.atomic_write(outputs[1]) as partial, open(partial, "wb") as file:
+                    np.savez_compressed(file, **asked, y=images.y.cpu(), indices=indices)
+                cli.write_text(args.json, json.dumps(report, indent=1) + "\n")
+                progress_file.unlink()
+            for sentence in report["warnings"]:
+                print(f"warning: {sentence}", file=sys.stderr)
+            print(table(report["results"], report["worst_case"]), flush=True)
+            progress_file.unlink(missing_ok=True)
+        except (KeyboardInterrupt, BrokenPipeError) as stop:
+            raise type(stop)(f"{done} of {total} images are done; to go on, add --resume") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
