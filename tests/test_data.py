@@ -49,16 +49,15 @@ def test_an_epoch_holds_every_image_once_the_last_smaller_batch_included(count, 
 
 def test_batches_and_generators_depend_on_seed_and_epoch_alone():
     def draws(seed, epoch):
-        return [(x, torch.rand(3, generator=g)) for x, _, g in train_batches(numbered(200), 32, seed, epoch)]
+        for x, _, generator in train_batches(numbered(200), 32, seed, epoch):
+            yield x.amax((1, 2, 3)), x, torch.rand(3, generator=generator)
 
     torch.manual_seed(5)
-    first = draws(1, 1)
+    first = list(draws(1, 1))
     torch.manual_seed(6)
-    for (x, noise), (same_x, same_noise) in zip(first, draws(1, 1), strict=True):
-        assert torch.equal(x, same_x) and torch.equal(noise, same_noise)
+    assert all(map(torch.equal, sum(first, ()), sum(draws(1, 1), ())))
     for other in (draws(2, 1), draws(1, 2), first[1:]):
-        for (x, noise), (other_x, other_noise) in zip(first, other, strict=False):
-            assert not torch.equal(x, other_x) and not torch.equal(noise, other_noise)
+        assert not any(map(torch.equal, sum(first, ()), sum(other, ())))
 
 
 def test_generators_of_different_keys_draw_different_numbers():
@@ -163,11 +162,12 @@ def test_a_second_start_decodes_nothing_and_a_changed_file_is_seen(photos, monke
     with monkeypatch.context() as patch:
         patch.setattr(data, "_decode", None)
         assert load_images("folder", "train", photos).sha256() == fresh.sha256()
-    changed = photos / "train" / "dog" / "a.png"
+    changed = photos / "train" / "dog" / "c.bmp"
     before = changed.stat()
-    Image.new("RGB", (32, 32), (1, 2, 3)).save(changed)
+    Image.new("L", (20, 50), 99).save(changed)
     os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert load_images("folder", "train", photos).x[7, :, 0, 0].tolist() == [1, 2, 3]
+    assert before.st_size == changed.stat().st_size
+    assert load_images("folder", "train", photos).x[9].unique().tolist() == [99]
 
 
 def test_a_damaged_foreign_or_unwritable_cache_costs_only_time(photos, monkeypatch, capsys):
@@ -189,7 +189,7 @@ def test_a_damaged_foreign_or_unwritable_cache_costs_only_time(photos, monkeypat
 def test_a_damaged_image_is_read_or_named(tmp_path_factory, name, draws):
     """Any bytes of it may be other ones, and its end may be missing."""
     damaged = tmp_path_factory.mktemp("damaged") / name
-    Image.linear_gradient("L").resize((40, 40)).save(damaged)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)).save(damaged)
     content = bytearray(damaged.read_bytes())
     for _ in range(draws.randrange(1, 8)):
         content[draws.randrange(len(content))] = draws.randrange(256)
