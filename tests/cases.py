@@ -5,11 +5,12 @@ import inspect
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from train_dynat import ATTACK, METHODS
 
 GOLDEN = Path(os.environ.get("DYNAT_GOLDEN", Path(__file__).parent / "golden"))
 
@@ -38,11 +39,7 @@ def golden_files():
     return files
 
 
-load_once = functools.cache(functools.partial(torch.load, weights_only=True))
-
-
-def golden_case(file, name):
-    return load_once(file)[name]
+golden_cases = functools.cache(functools.partial(torch.load, weights_only=True))  # of a file, by name
 
 
 def tiny_net(state):
@@ -56,6 +53,13 @@ def joint_sgd(hp, *networks):
     """One SGD over all the networks' weights, as the releases make it."""
     weights = [weight for network in networks for weight in network.parameters()]
     return torch.optim.SGD(weights, lr=hp["lr"], momentum=hp["momentum"], weight_decay=hp["weight_decay"])
+
+
+def step_arguments(method, **settings):
+    """The keyword arguments of a method's step: its published settings where `settings` say nothing else."""
+    published = {**ATTACK, **METHODS[method]["step_settings"], "noise": lambda k: torch.zeros(()), "all_reduce": None}
+    names = (*ATTACK, *METHODS[method]["step_settings"], *METHODS[method].get("loop_arguments", ()))
+    return {name: {**published, **settings}[name] for name in names}
 
 
 def assert_close(actual, expected, tolerance, what):
@@ -77,25 +81,12 @@ def counted_accuracy(model, images):
         return (model.eval()(images.x / 255).argmax(1) == images.y).double().mean().item()
 
 
-def edited(source, replacements):
-    """`source` with pieces replaced, (old, new), each found exactly once."""
+def mutant(function, *replacements):
+    """`function` with pieces of its source replaced, (old, new) each found exactly once: what a test has to reject."""
+    source, namespace = inspect.getsource(inspect.unwrap(function)), dict(vars(sys.modules[function.__module__]))
     for old, new in replacements:
         if source.count(old) != 1:  # no AssertionError, which a test would take for the rejection that it expects
-            raise LookupError(f"{old!r} stands {source.count(old)} times in the source")
+            raise LookupError(f"{old!r} stands {source.count(old)} times in {function.__name__}")
         source = source.replace(old, new)
-    return source
-
-
-def mutant(function, *replacements):
-    """`function` with pieces of its source replaced: what a test has to reject."""
-    namespace = dict(vars(sys.modules[function.__module__]))
-    exec(edited(inspect.getsource(inspect.unwrap(function)), replacements), namespace)
+    exec(source, namespace)
     return namespace[function.__name__]
-
-
-def mutant_module(module, *replacements):
-    """A copy of a module of the project with pieces of its source replaced."""
-    copy = ModuleType(f"mutant_{module.__name__}")
-    copy.__file__ = module.__file__
-    exec(edited(inspect.getsource(module), replacements), vars(copy))
-    return copy

@@ -7,12 +7,12 @@ methods that nobody has released are tied to those they are made of.
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_close, assert_state, golden_case, golden_files, joint_sgd, mutant, tiny_net
+from cases import assert_close, assert_state, golden_cases, golden_files, joint_sgd, mutant, step_arguments, tiny_net
 
 import evaluate
 from attacks import counting_pgd, eval_mode, linf_pgd, weight_perturbation
 from losses import gairat_weights, kl_divergence, logit_mse, mail_weights, mart_loss, probability_gap, trades_loss
-from train_dynat import ATTACK, METHODS
+from train_dynat import METHODS
 
 pytestmark = pytest.mark.usefixtures("float64")
 each_file = pytest.mark.parametrize("file", golden_files(), ids=lambda file: file.stem)
@@ -22,16 +22,9 @@ def budget(hp):
     return {"epsilon": hp["epsilon"], "step_size": hp["step_size"], "steps": int(hp["perturb_steps"])}
 
 
-def step_arguments(method, **settings):
-    """The keyword arguments of a method's step: its published settings where `settings` say nothing else."""
-    published = {**ATTACK, **METHODS[method]["step_settings"], "noise": lambda k: torch.zeros(()), "all_reduce": None}
-    names = (*ATTACK, *METHODS[method]["step_settings"], *METHODS[method].get("loop_arguments", ()))
-    return {name: {**published, **settings}[name] for name in names}
-
-
 @each_file
 def test_every_golden_case_is_tested(file):
-    assert torch.load(file, weights_only=True).keys() <= {*UPDATES, *TRAINING_ATTACKS, *EVALUATION_ATTACKS}
+    assert golden_cases(file).keys() <= {*UPDATES, *TRAINING_ATTACKS, *EVALUATION_ATTACKS}
 
 
 # Updates: per case the method, the epoch (1-based) at which its published schedule does what the release did, and
@@ -89,7 +82,7 @@ def networks_of(case):
 
 def check_update(file, name, step=None):
     """One update or two of a method's step agree with the release: x_adv, loss, weights, BatchNorm buffers."""
-    case, (method, epoch, special) = golden_case(file, name), UPDATES[name]
+    case, (method, epoch, special) = golden_cases(file)[name], UPDATES[name]
     networks, hp = networks_of(case), case["hp"]
     optimizer = joint_sgd(hp, *networks.values())
     recorded = {"beta": hp.get("lam"), "kl_weight": hp.get("kl_weight", hp.get("beta")), **budget(hp)}
@@ -206,7 +199,7 @@ def test_a_step_with_a_broken_part_is_rejected(monkeypatch, name, part, old, new
 @each_file
 @pytest.mark.parametrize("name", [name for name in UPDATES if "awp" in name and "warmup" not in name])
 def test_the_weight_perturbation_agrees_with_the_release(file, name):
-    case = golden_case(file, name)
+    case = golden_cases(file)[name]
     target, before, gamma = networks_of(case)["target"], case["target_before"], case["hp"]["awp_gamma"]
     if name.startswith("at_awp"):  # whose eleven forwards in train mode do not touch the perturbation
         objective = lambda: F.cross_entropy(target(case["x_adv"]), case["y"])
@@ -223,7 +216,7 @@ def test_the_weight_perturbation_agrees_with_the_release(file, name):
 @each_file
 @pytest.mark.parametrize("name", ["gairat", "gairat_osc", "gairat_cap"])
 def test_kappa_and_its_weights_agree_with_the_release(file, name):
-    case = golden_case(file, name)
+    case = golden_cases(file)[name]
     target, hp = tiny_net(case["target_before"]).eval(), case["hp"]
     _, kappa = counting_pgd(target, case["x"], start_of(name, case), case["y"], **budget(hp))
     assert torch.equal(kappa, case["kappa"].long())
@@ -232,7 +225,7 @@ def test_kappa_and_its_weights_agree_with_the_release(file, name):
 
 @each_file
 def test_margin_and_its_weights_agree_with_the_release(file):
-    case = golden_case(file, "mail_at")
+    case = golden_cases(file)["mail_at"]
     assert_close(probability_gap(case["logits_adv"], case["y"]), case["margin"], 1e-10, "margin")
     assert_close(mail_weights(case["logits_adv"], case["y"]), case["weight"], 1e-10, "weight")
 
@@ -281,7 +274,7 @@ def wrong_labels(case):
 @pytest.mark.parametrize("method", [method for method in HYBRIDS if method != "mail-mse"])
 def test_a_hybrid_whose_guide_is_right_is_its_host(file, method, static):
     """So is one with static labels, whatever its guide decides."""
-    case = golden_case(file, HYBRIDS[method][0])
+    case = golden_cases(file)[HYBRIDS[method][0]]
     labels = wrong_labels(case) if static else case["y"]
     target, _, x_adv, metrics = hybrid_update(case, method, labels, static_labels=static, label_smoothing=0.0)
     assert_close(x_adv, case["x_adv"], 1e-12, "x_adv")
@@ -291,7 +284,7 @@ def test_a_hybrid_whose_guide_is_right_is_its_host(file, method, static):
 
 def check_hybrid(file, method, step=None):
     """With a guide that is often wrong, a hybrid's attack, weights and loss use the labels that its file says."""
-    case = golden_case(file, HYBRIDS[method][0])
+    case = golden_cases(file)[HYBRIDS[method][0]]
     y, labels, hp = case["y"], wrong_labels(case), case["hp"]
     target, guide, x_adv, metrics = hybrid_update(case, method, labels, step, beta=0.5)
 
@@ -346,7 +339,7 @@ def test_a_broken_hybrid_is_rejected(method, old, new):
 
 
 def check_training_attack(file, name, attack):
-    case = golden_case(file, name)
+    case = golden_cases(file)[name]
     target, x, y = tiny_net(case["target_before"]).eval(), case["x"], case["y"]
     clean_logits = target(x).detach()
     objective = lambda logits: F.cross_entropy(logits, y, reduction="sum")
@@ -373,7 +366,7 @@ def test_a_broken_attack_is_rejected(name, edit):
 
 
 def check_evaluation_attack(file, name, attack):
-    case = golden_case(file, name)
+    case = golden_cases(file)[name]
     target, x, y = tiny_net(case["target_before"]).eval(), case["x"], case["y"]
     x_adv = attack(target, x, y, case["x_init"], **budget(case["hp"]))
     assert torch.equal(evaluate.correct(target, x, y), case["correct_clean"])

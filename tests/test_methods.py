@@ -1,274 +1,210 @@
-"""Every method in a short run, with its mechanism seen at work; published settings, how they scale, what is refused."""
+"""Every method at work in a short run; what its step reports; guide, beta, static labels and clean forward of DYNAT."""
 
-import functools
+import copy
+from collections import defaultdict
 from contextlib import contextmanager
-from inspect import signature
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from cases import mutant
+import torch.nn.functional as F
+from cases import TinyNet, assert_state, mutant, step_arguments
 from torch import nn
 
+import attacks
 import data
+import losses
 import train_dynat
-from cli import UserError
-from train_dynat import METHODS, options, resolve
+from train_dynat import ATTACK, METHODS
 from variants.fat import fat_step
 
-
-def settings_of(method, dataset="cifar10", **typed):
-    return resolve({"method": method, "dataset": dataset, "preset": "paper", "seed": 1, **typed})[0]
-
-
-# Short runs
+PAPER = ("dynat", "dynat-inner", "dynat-awp", "dynat-inner-awp", "dynat-gairat", "dynat-inner-gairat", "dynat-mail",
+         "dynat-inner-mail", "pgd-at", "trades", "mart", "fat", "sat", "gairat", "mail", "mail-mse", "at-awp",
+         "trades-awp", "lbgat")  # fmt: skip
 
 
-@functools.cache
-def cached_images(dataset, split, data_dir):
-    return data.load_images(dataset, split, data_dir)
+def watch(monkeypatch, method):
+    """What a method's step and the parts that it calls returned, call by call."""
+    seen, step = defaultdict(list), METHODS[method]["step"]
 
+    def keep(name, function):
+        def kept(*args, **kwargs):
+            seen[name].append(function(*args, **kwargs))
+            return seen[name][-1]
 
-def watch(monkeypatch, step):
-    """Makes the parts that `step` calls keep what they did: how far images moved, which stopped, weights, noise."""
-    seen = {"moved": [], "stopped": [], "noise": [], "perturbation": [], "weights": []}
-    parts = dict(step.__globals__)
+        return kept
 
-    def linf_pgd(model, x, start, objective, *, active=None, noise=None, **settings):
-        def noted_noise(k):
-            seen["noise"].append(noise(k).abs().max())
-            return noise(k)
-
-        def noted_active(logits):
-            moving = active(logits)
-            seen["stopped"].append((~moving).sum())
-            return moving
-
-        noted = {"active": active and noted_active, "noise": noise and noted_noise}
-        x_adv = attack(model, x, start, objective, **noted, **settings)
-        seen["moved"].append((x_adv - x).abs().max())
-        return x_adv
+    def linf_pgd(*args, active=None, noise=None, **settings):
+        active, noise = active and keep("active", active), noise and keep("noise", noise)
+        return attacks.linf_pgd(*args, active=active, noise=noise, **settings)
 
     @contextmanager
-    def weight_perturbation(target, objective, gamma):
-        former = target.model.conv1.weight.clone()
-        with parts["weight_perturbation"](target, objective, gamma):
-            seen["perturbation"].append((target.model.conv1.weight - former).norm() / former.norm() / gamma)
+    def weight_perturbation(*args):
+        seen["perturbed"].append(True)
+        with attacks.weight_perturbation(*args):
             yield
 
-    def weights(function):
-        def noted(*args):
-            seen["weights"].append(function(*args))
-            return seen["weights"][-1]
+    def moving_step(*, x, **arguments):
+        x_adv, metrics = step(x=x, **arguments)
+        seen["moved"].append((x_adv - x).abs().max())
+        return x_adv, metrics
 
-        return noted
-
-    caller = parts["geometry_pgd"].__globals__ if "geometry_pgd" in parts else step.__globals__
-    attack = caller["linf_pgd"]
-    monkeypatch.setitem(caller, "linf_pgd", linf_pgd)
-    for name in ("gairat_weights", "mail_weights"):
-        if name in parts:
-            monkeypatch.setitem(step.__globals__, name, weights(parts[name]))
-    if "weight_perturbation" in parts:
-        monkeypatch.setitem(step.__globals__, "weight_perturbation", weight_perturbation)
+    watched = {"linf_pgd": linf_pgd, "weight_perturbation": weight_perturbation}
+    watched |= {weights.__name__: keep("weights", weights) for weights in (losses.gairat_weights, losses.mail_weights)}
+    for name in watched.keys() & step.__globals__.keys():
+        monkeypatch.setitem(step.__globals__, name, watched[name])
+    monkeypatch.setitem(METHODS[method], "step", moving_step)
     return seen
 
 
-def short_run(monkeypatch, out, method, **typed):
-    """The log of a run on 128 images of tiny: by default 3 epochs of 2 updates, to which every schedule scales."""
-    monkeypatch.setattr(train_dynat, "load_images", cached_images)
-    flags = {"train_images": 128, "batch_size": 64, "epochs": 3, "eval_every": 3, "deterministic": True, **typed}
-    out.mkdir()
-    return train_dynat.train(settings_of(method, "tiny", **flags), out, torch.device("cpu"))
+@pytest.mark.parametrize("method", PAPER)
+def test_a_short_run_shows_the_whole_method(monkeypatch, tmp_path, method):
+    """On 64 images of tiny: 3 epochs of 2 updates, to which every schedule scales."""
+    monkeypatch.setattr(data, "TINY_SIZE", {"train": 64, "test": 10})
+    seen = watch(monkeypatch, method)
+    settings, _, _ = train_dynat.parse(f"--method {method} --dataset tiny --epochs 3 --batch-size 32".split())
+    log = train_dynat.train(settings, tmp_path, torch.device("cpu"))
+
+    assert [row["lr"] for row in log] == [train_dynat.learning_rate(settings, epoch) for epoch in (1, 2, 3)]
+    assert len(seen["moved"]) == 6 and min(seen["moved"]) > 0.02, "the attack has not moved the images"
+    assert len(seen["perturbed"]) == {"at-awp": 6}.get(method, 4 if "awp" in method else 0)
+    assert len(seen["weights"]) in ((2, 4) if "gairat" in method or "mail" in method else (0,)), "not after a burn-in"
+    assert all(weights.std() > 0 for weights in seen["weights"]), "every image weighs the same"
+    assert len(seen["noise"]) == (60 if method == "fat" else 0)
+    assert all(0.001 < noise.abs().max() < 0.01 for noise in seen["noise"])
+    if method in ("fat", "sat"):
+        assert any(moving.any() and not moving.all() for moving in seen["active"]), "no image stopped before another"
+
+
+def one_update(method, step=None, guide_is_right=False, **settings):
+    """An update of tiny nets, late in training: what went in, what came out, what the networks and the loss were."""
+    torch.manual_seed(0)
+    target, guide = TinyNet().double(), TinyNet().double()
+    x = (torch.rand(32, 3, 1, 1) + 0.1 * torch.rand(32, 3, 8, 8)).clamp(0, 1).double()
+    y = torch.randint(0, 10, (32,))
+    for third, network in enumerate((target, guide)):  # each network is right about a third of the images, and a few
+        y[third::3] = copy.deepcopy(network)(x).argmax(1)[third::3]
+    networks = {"target": target, "guide": guide} if "guide" in METHODS[method]["training"] else {"target": target}
+    if guide_is_right:
+        guide.register_forward_hook(lambda _, images, logits: logits + 100 * F.one_hot(y, 10))
+    forwards = {target: [], guide: []}
+    for network, calls in forwards.items():
+        network.register_forward_hook(lambda _, images, logits, calls=calls: calls.append((*images, logits.detach())))
+
+    arguments = step_arguments(method, epoch=1000, **settings)
+    optimizer = torch.optim.SGD([weight for network in networks.values() for weight in network.parameters()], lr=1.0)
+    step = step or METHODS[method]["step"]
+    with mock.patch.object(torch.Tensor, "backward", autospec=True, side_effect=torch.Tensor.backward) as backward:
+        x_adv, metrics = step(**networks, optimizer=optimizer, x=x, y=y, start=x + 0.001, **arguments)
+    return SimpleNamespace(
+        target=target, guide=guide, x=x, y=y, x_adv=x_adv, metrics=metrics, loss=backward.call_args.args[0].detach(),
+        adv_logits=[logits for images, logits in forwards[target] if torch.equal(images, x_adv)][-1],
+        guide_logits=[logits for _, logits in forwards[guide]],
+    )  # fmt: skip
+
+
+def check_report(method, step=None):
+    """Reported are the loss, the share of adversarial images classified as y, and that of a guide's right decisions."""
+    update = one_update(method, step)
+    share = lambda logits: (logits.argmax(1) == update.y).float().mean()
+    expected, more = {"loss": update.loss, "adv_acc": share(update.adv_logits)}, set()
+    if update.guide_logits:
+        expected["label_acc"], more = share(update.guide_logits[-1]), {"loss_guide", "loss_target"}
+    if method in PAPER:
+        assert update.metrics.keys() == expected.keys() | more
+        assert share(-update.adv_logits) != expected["adv_acc"]  # so that the least likely class would show
+    assert all(torch.equal(update.metrics[name], value) for name, value in expected.items())
+    assert all(value.shape == () and not value.requires_grad for value in update.metrics.values())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_short_run_shows_the_whole_method(monkeypatch, tmp_path, method):
-    step = METHODS[method]["step"]
-    seen = watch(monkeypatch, step)
-    log = short_run(monkeypatch, tmp_path / "run", method)
-
-    assert log[-1]["lr"] < log[0]["lr"], "the learning rate has not dropped"
-    for name in ("loss_guide", "label_acc"):
-        assert (name in log[0]) == ("guide" in signature(step).parameters)
-    assert len(seen["moved"]) == 6
-    assert min(seen["moved"]) > 0.02, "the attack has not moved the images"
-
-    assert bool(seen["perturbation"]) == ("awp" in method)
-    assert all(abs(size - 1) < 1e-3 for size in seen["perturbation"]), "the perturbation is not gamma times the weights"
-
-    assert bool(seen["weights"]) == ("gairat" in method or "mail" in method)
-    if seen["weights"]:
-        assert len(seen["weights"]) in (2, 4), "weighted from the first epoch on, or never"
-        assert all(weights.std() > 0 for weights in seen["weights"]), "every image weighs the same"
-
-    assert bool(seen["noise"]) == (method == "fat")
-    assert all(0.001 < size < 0.01 for size in seen["noise"])
-    if method in ("fat", "sat"):
-        assert max(seen["stopped"]) > 0, "no image stopped early"
-        assert min(seen["stopped"]) < 64, "every image stopped at once"
+def test_every_method_reports_its_loss_and_what_is_classified_right(method):
+    check_report(method)
 
 
-def test_the_perturbation_begins_in_its_epoch(monkeypatch, tmp_path):
-    seen = watch(monkeypatch, METHODS["dynat-awp"]["step"])
-    short_run(monkeypatch, tmp_path / "run", "dynat-awp", awp_start=3)
-    assert len(seen["perturbation"]) == 2
+def check_beta(method, step=None):
+    """beta scales the target's gradient and nothing else."""
+    full, quarter = (one_update(method, step, beta=beta, kl_weight=0.0) for beta in (1.0, 0.25))
+    gradient = full.target.linear.weight.grad
+    assert gradient.abs().max() > 1e-3
+    torch.testing.assert_close(quarter.target.linear.weight.grad, 0.25 * gradient, rtol=1e-9, atol=1e-12)
+    assert_state(quarter.guide, full.guide.state_dict(), 0, "guide")
 
 
-def test_a_run_of_one_epoch_has_a_schedule_too(monkeypatch, tmp_path):
-    short_run(monkeypatch, tmp_path / "run", "sat", epochs=1)
+def check_static_labels(method, step=None):
+    """The target trains as beside a guide that is always right; guide and label_acc are as with dynamic labels."""
+    static, dynamic = one_update(method, step, static_labels=True), one_update(method, step)
+    right = one_update(method, step, guide_is_right=True)
+    assert torch.equal(static.x_adv, right.x_adv) and static.metrics["loss_target"] == right.metrics["loss_target"]
+    assert static.metrics["label_acc"] == dynamic.metrics["label_acc"] < 1 == right.metrics["label_acc"]
+    assert_state(static.target, right.target.state_dict(), 0, "target")
+    assert_state(static.guide, dynamic.guide.state_dict(), 0, "guide")
 
 
-# Counting
+def check_clean_forward(method, step=None):
+    """Of the target: r <- 0.81 r + 0.09 s_adv + 0.10 s_clean, or without the clean forward 0.9 r + 0.1 s_adv."""
+    for clean_forward in (True, False):
+        update = one_update(method, step, clean_forward=clean_forward)
+        conv = update.target.conv1.weight + update.target.conv1.weight.grad  # as it was before the step
+        s_adv, s_clean = (F.conv2d(images, conv, padding=1).mean((0, 2, 3)) for images in (update.x_adv, update.x))
+        expected = 0.09 * s_adv + 0.10 * s_clean if clean_forward else 0.1 * s_adv
+        torch.testing.assert_close(update.target.bn1.running_mean, expected, rtol=1e-9, atol=1e-12)
+        assert update.guide.bn1.num_batches_tracked == 1
 
 
-class Scripted(nn.Module):
-    """Two classes; the k-th forward says whether images of class 0 are classified right, whatever they are."""
-
-    def __init__(self, script):
-        super().__init__()
-        self.script = iter(script)
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        right = 5.0 if next(self.script, True) else -5.0
-        brightness = self.scale * x.mean((1, 2, 3))
-        return torch.stack([right - brightness, brightness], dim=1)  # brighter is worse: every step is + step_size
+@pytest.mark.parametrize(("check", "setting"), [(check_beta, "beta"), (check_static_labels, "static_labels")])
+def test_beta_and_static_labels_change_the_targets_training_alone(check, setting):
+    for method in METHODS:
+        if setting in METHODS[method]["step_settings"]:
+            check(method)
 
 
-def steps_taken_by_fat(step, script, tau):
-    target = Scripted(script)
-    optimizer = torch.optim.SGD(target.parameters(), lr=0.0)
-    x, y = torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64)
-    x_adv, _ = step(target, optimizer, x, y, x, epsilon=0.4, step_size=0.02, steps=10,
-                    tau_milestones=[(1, tau)], epoch=1, noise=lambda k: torch.zeros(()))  # fmt: skip
-    return round((x_adv - x).max().item() / 0.02)
+@pytest.mark.parametrize("method", ["dynat", "dynat-inner"])
+def test_the_clean_forward_moves_the_targets_batchnorm(method):
+    check_clean_forward(method)
+
+
+@pytest.mark.parametrize(("check", "method", "old", "new"), [
+    (check_report, "dynat-mail", "(adv_logits.argmax(1) == y)", "(adv_logits.argmax(1) == labels)"),
+    (check_report, "trades", "adv_logits.argmax(1) == y", "adv_logits.argmin(1) == y"),
+    (check_report, "trades", '"loss": loss.detach()', '"loss": loss'),
+    (check_report, "mail-mse", "guide_logits.argmax(1) == y", "guide_logits.argmax(1) != y"),
+    (check_beta, "dynat", "loss_guide + beta * loss_target", "loss_guide + loss_target"),
+    (check_beta, "dynat-inner", "adv_logits = target(x_adv)", "adv_logits = target(x_adv) + guide(x_adv)"),
+    (check_beta, "dynat-awp", "loss_guide + beta * loss_target", "beta * loss_guide + loss_target"),
+    (check_clean_forward, "dynat", "target(x)  # no loss term", "pass  # no loss term"),
+    (check_clean_forward, "dynat", "if clean_forward:", "if True:"),
+    (check_clean_forward, "dynat-inner", "dynamic_labels(guide_logits)", "dynamic_labels(guide(x))"),
+    (check_static_labels, "dynat", "labels = y if static_labels", "labels = decisions = y if static_labels"),
+    (check_static_labels, "dynat-inner", "cross_entropy(logits, labels,", "cross_entropy(logits, decisions,"),
+    (check_static_labels, "dynat-awp", "target_loss(adv_logits, labels)", "target_loss(adv_logits, decisions)"),
+    (check_static_labels, "dynat-inner-awp", "cross_entropy(logits, labels,", "cross_entropy(logits, decisions,"),
+    (check_static_labels, "dynat-gairat", "(adv_logits, labels,", "(adv_logits, decisions,"),
+    (check_static_labels, "dynat-inner-gairat", "attacked = labels", "attacked = decisions"),
+    (check_static_labels, "dynat-mail", "guide_loss(guide_logits, y)", "guide_loss(guide_logits, labels)"),
+    (check_static_labels, "dynat-mail", "mail_weights(adv_logits, labels)", "mail_weights(adv_logits, decisions)"),
+    (check_static_labels, "dynat-inner-mail", "attacked = labels", "attacked = decisions"),
+])  # fmt: skip
+def test_a_broken_method_is_rejected(check, method, old, new):
+    with pytest.raises(AssertionError):
+        check(method, mutant(METHODS[method]["step"], (old, new)))
+
+
+def steps_taken_by_fat(step, wrong, tau):
+    """How many of ten steps an image takes that is misclassified at the iterates `wrong`."""
+    net, x, y, moving = nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), torch.zeros(2, 3, 1, 1), torch.tensor([0, 1]), []
+
+    def linf_pgd(*_, active, **settings):
+        moving.extend(active(F.one_hot(y + (k in wrong), 3)) for k in range(10))
+        return x
+
+    with mock.patch.dict(step.__globals__, linf_pgd=linf_pgd):
+        step(net, torch.optim.SGD(net.parameters()), x, y, x, **ATTACK, tau_milestones=[(1, tau)], epoch=1, noise=None)
+    return torch.stack(moving).sum(0).tolist()
 
 
 def test_fat_counts_a_mistake_that_was_undone():
-    script = [True, False, True, True, False, True, False]  # wrong at iterates 1, 4, 6
-    assert [steps_taken_by_fat(fat_step, script, tau) for tau in (0, 1, 2, 3)] == [1, 4, 6, 10]
-
+    assert [steps_taken_by_fat(fat_step, {1, 4, 6}, tau) for tau in range(4)] == [[1, 1], [4, 4], [6, 6], [10, 10]]
     reset = ("mistakes.add_(logits.argmax(1) != y)", "mistakes.add_(1).mul_(logits.argmax(1) != y)")
-    assert steps_taken_by_fat(mutant(fat_step, reset), script, 1) == 10
-
-
-# Settings
-
-
-PUBLISHED = {  # epochs, lr, weight decay, epsilon, step size: with the paper's networks on CIFAR-10
-    "dynat": (100, 0.1, 2e-4, 0.031, 2 / 255),
-    "dynat-inner": (100, 0.1, 2e-4, 0.031, 2 / 255),
-    "dynat-awp": (100, 0.1, 2e-4, 0.031, 2 / 255),
-    "dynat-inner-awp": (100, 0.1, 2e-4, 0.031, 2 / 255),
-    "dynat-gairat": (120, 0.1, 5e-4, 0.031, 0.007),
-    "dynat-inner-gairat": (120, 0.1, 5e-4, 0.031, 0.007),
-    "dynat-mail": (100, 0.01, 3.5e-3, 0.031, 0.007),
-    "dynat-inner-mail": (100, 0.01, 3.5e-3, 0.031, 0.007),
-    "pgd-at": (200, 0.1, 5e-4, 8 / 255, 2 / 255),
-    "trades": (76, 0.1, 2e-4, 0.031, 0.007),
-    "mart": (90, 0.1, 7e-4, 0.031, 0.007),
-    "fat": (120, 0.1, 2e-4, 0.031, 0.007),
-    "sat": (100, 0.05, 5e-4, 8 / 255, 2 / 255),
-    "gairat": (120, 0.1, 2e-4, 0.031, 0.007),
-    "mail": (120, 0.01, 3.5e-3, 0.031, 0.007),
-    "mail-mse": (100, 0.01, 3.5e-3, 0.031, 0.007),
-    "at-awp": (200, 0.1, 5e-4, 8 / 255, 2 / 255),
-    "trades-awp": (200, 0.1, 5e-4, 8 / 255, 2 / 255),
-    "lbgat": (100, 0.1, 2e-4, 0.031, 0.007),
-}
-
-
-def test_every_method_of_the_table_is_there():
-    assert METHODS.keys() == PUBLISHED.keys()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_comes_with_its_published_settings(method):
-    settings = settings_of(method)
-    names = ("epochs", "lr", "weight_decay", "epsilon", "step_size")
-    assert tuple(settings[name] for name in names) == PUBLISHED[method]
-    assert settings["milestones"] == METHODS[method]["milestones"]
-    assert (settings["batch_size"], settings["momentum"], settings["steps"]) == (128, 0.9, 10)
-
-
-@pytest.mark.parametrize(
-    ("method", "typed", "expected"),
-    [
-        ("mart", {"target": "resnet18"}, {"epochs": 120, "lr": 0.01, "weight_decay": 3.5e-3, "kl_weight": 5}),
-        ("mart", {}, {"kl_weight": 6}),
-        ("lbgat", {}, {"kl_weight": 0, "guide": "resnet18-lbgat"}),
-        ("lbgat", {"dataset": "cifar100"}, {"kl_weight": 6}),
-        ("dynat", {"dataset": "cifar100"}, {"beta": 1}),
-        ("dynat-awp", {}, {"beta": 1, "kl_weight": 1, "awp_gamma": 0.005, "awp_start": 10}),
-        ("dynat-inner-awp", {"dataset": "cifar100"}, {"beta": 0.2, "kl_weight": 1, "guide": "resnet18"}),
-        ("dynat-inner-awp", {"dataset": "cifar100", "beta": 0.5}, {"beta": 0.5}),
-        ("dynat-awp", {"preset": "release"}, {"beta": 0.2, "step_size": 0.007, "guide": "resnet18-lbgat"}),
-        ("dynat", {"preset": "release"}, {"beta": 1, "step_size": 0.007, "guide": "resnet18-lbgat"}),
-        ("pgd-at", {"preset": "release"}, {"step_size": 2 / 255}),
-        ("dynat-gairat", {}, {"label_smoothing": 0.2, "burn_in": 70}),
-        ("gairat", {}, {"burn_in": 59}),
-        ("mail-mse", {}, {"burn_in": 76}),
-        ("at-awp", {}, {"awp_gamma": 0.01, "awp_start": 1}),
-    ],
-)
-def test_what_depends_on_data_target_or_preset(method, typed, expected):
-    settings = settings_of(method, **typed)
-    assert {name: settings[name] for name in expected} == expected
-
-
-def test_every_epoch_number_scales_with_the_epochs():
-    assert settings_of("gairat", epochs=60)["burn_in"] == 30
-    assert settings_of("gairat", epochs=1)["burn_in"] == 1
-    assert settings_of("trades-awp", epochs=100)["awp_start"] == 5
-    assert settings_of("trades-awp", epochs=100)["milestones"] == [(1, 1.0), (50, 0.1), (75, 0.01)]
-    assert settings_of("fat", epochs=240)["tau_milestones"] == [(1, 0), (102, 1), (182, 2)]
-    assert settings_of("at-awp", epochs=400)["awp_start"] == 1
-    assert settings_of("dynat", epochs=200)["milestones"] == [(1, 0.2), (4, 1.0), (152, 0.1), (182, 0.01)]
-    sat = settings_of("sat", "tiny")
-    assert (sat["easy_until"], sat["hardest_from"]) == (3, 7)
-    assert settings_of("mart", target="resnet18", epochs=60)["milestones"][1] == (38, 0.1)
-
-
-def test_a_typed_epoch_number_does_not_scale():
-    settings = settings_of("dynat-mail", epochs=50, burn_in=40, lr_milestones=[30, 45])
-    assert settings["burn_in"] == 40
-    assert settings["milestones"] == [(1, 1.0), (30, 0.1), (45, 0.01)]
-    assert settings_of("at-awp", epochs=50, awp_start=7)["awp_start"] == 7
-
-
-FLAGS = {
-    "guide": "cnn", "beta": 0.5, "clean_forward": False, "kl_weight": 2.0, "awp_gamma": 0.1, "awp_start": 2,
-    "label_smoothing": 0.1, "burn_in": 5,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_flag_that_a_method_cannot_use_is_refused(method):
-    for name, value in FLAGS.items():
-        if name in options(METHODS[method]):
-            assert settings_of(method, **{name: value})[name] == value
-        else:
-            assert name not in settings_of(method)
-            flag = "--no-clean-forward" if name == "clean_forward" else "--" + name.replace("_", "-")
-            with pytest.raises(UserError, match=f"{method} does not use {flag}"):
-                settings_of(method, **{name: value})
-
-
-@pytest.mark.parametrize(
-    ("check", "old", "new"),
-    [
-        (test_every_epoch_number_scales_with_the_epochs, "scaled(defaults[name])", "defaults[name]"),
-        (test_every_epoch_number_scales_with_the_epochs, " if epoch > 1 else epoch", ""),
-        (test_every_epoch_number_scales_with_the_epochs, "max(1, round(epoch * stretch))", "round(epoch * stretch)"),
-        (test_a_typed_epoch_number_does_not_scale, "defaults, **typed}", "typed, **defaults}"),
-        (lambda: test_a_flag_that_a_method_cannot_use_is_refused("trades"), "if flag in unused:", "if False:"),
-        (lambda: test_what_depends_on_data_target_or_preset("lbgat", {"dataset": "cifar100"}, {"kl_weight": 6}),
-            '(typed["dataset"], target,', "(target,"),
-        (lambda: test_what_depends_on_data_target_or_preset("mart", {"target": "resnet18"}, {"kl_weight": 5}),
-            '(typed["dataset"], target,', '(typed["dataset"],'),
-    ],
-)  # fmt: skip
-def test_settings_resolved_otherwise_are_rejected(monkeypatch, check, old, new):
-    monkeypatch.setitem(globals(), "resolve", mutant(resolve, (old, new)))
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
-        check()
+    assert steps_taken_by_fat(mutant(fat_step, reset), {1, 4, 6}, 1) == [10, 10]
