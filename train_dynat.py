@@ -253,7 +253,7 @@ def train(settings, run_dir, device, checkpoint=None):
         check_same_images(checkpoint, identity)
         checkpoints.load_state(checkpoint, networks, ema, optimizer)
         log = checkpoint["log"]
-        distributed.run_on_rank0(checkpoints.write_from_checkpoint, run_dir, checkpoint, config)
+        distributed.run_on_rank0(checkpoints.write_from_checkpoint, run_dir, checkpoint)
     else:
         distributed.run_on_rank0(checkpoints.write_config, run_dir, config)
     print_start(settings, images, run_dir, config)
@@ -300,8 +300,8 @@ def train(settings, run_dir, device, checkpoint=None):
             if ema is not None:
                 state["ema"] = ema.state_dict()
             state["optimizer"] = optimizer.state_dict()
-            content = {**state, **identity, "epoch": epoch, "log": [*log, row]}
-            distributed.run_on_rank0(checkpoints.save_run, run_dir, content, config, best=best, keep=keep)
+            content = {**state, **identity, "epoch": epoch, "log": [*log, row], "config": config}
+            distributed.run_on_rank0(checkpoints.save_run, run_dir, content, best=best, keep=keep)
             log.append(row)
             progress.write(report(row, epochs))
     return log
