@@ -2,8 +2,8 @@
 
 A run's `last.pt` is a dict of tensors, numbers and strings: `target`, `guide` and `ema` (state_dicts, where there are
 such networks), `optimizer`, `epoch` (finished epochs), `log` (a dict per epoch), `settings` (every resolved flag),
-`classes` (names in label order) and `images` (a checksum per split). `log.jsonl`, `weights.pt` and `config.json` are
-written from it after it.
+`classes` (names in label order), `images` (a checksum per split) and `config` (versions, commit and device as well).
+`log.jsonl`, `weights.pt` and `config.json` are written from it after it.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compil
 NORMALISATIONS = (("mu", "sigma"), ("mean", "std"))
 # What a checkpoint must hold to be evaluated, and to be continued; its settings, and each row of its log.
 TRAINED = {"target": dict, "classes": list, "epoch": int, "settings": dict}
-RUN = {**TRAINED, "optimizer": dict, "log": list, "images": dict}
+RUN = {**TRAINED, "optimizer": dict, "log": list, "images": dict, "config": dict}
 SETTINGS = {"target": str, "dataset": str, "data_dir": (str, type(None))}
 ROW = dict.fromkeys(("epoch", "lr", "loss", "seconds", "images_per_second"), (int, float))
 OUR_FILE = r"(config\.json|log\.jsonl|(last|best|weights|epoch\d+)\.pt)"
@@ -393,7 +393,7 @@ def load_momentum(optimizer, saved):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_run(run_dir, checkpoint, config, *, best, keep):
+def save_run(run_dir, checkpoint, *, best, keep):
     """Saves a finished epoch: `best.pt` if it is the `best` so far, `epochNNN.pt` if it is to be kept, then `last.pt`
     and what is written from it."""
     if best:
@@ -402,14 +402,14 @@ def save_run(run_dir, checkpoint, config, *, best, keep):
         networks_only = {name: value for name, value in checkpoint.items() if name != "optimizer"}
         save(run_dir / f"epoch{checkpoint['epoch']:03}.pt", networks_only)
     save(run_dir / "last.pt", checkpoint)
-    write_from_checkpoint(run_dir, checkpoint, config)
+    write_from_checkpoint(run_dir, checkpoint)
 
 
-def write_from_checkpoint(run_dir, checkpoint, config):
+def write_from_checkpoint(run_dir, checkpoint):
     """Writes log.jsonl, weights.pt and config.json as `last.pt` has them, also after a kill between two files."""
     write_text(run_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in checkpoint["log"]))
     save(run_dir / "weights.pt", checkpoint["target"])
-    write_config(run_dir, config)
+    write_config(run_dir, checkpoint["config"])
 
 
 def write_config(run_dir, config):

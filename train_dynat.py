@@ -182,7 +182,7 @@ def default_settings(method, dataset, preset, target=None, epochs=None):
 
 def scale_schedule(settings, epochs, own_epochs):
     """Moves the schedule of a method's own epochs to a run of `epochs`, in place: an epoch e > 1 becomes
-    1 + (e - 1) * epochs / own_epochs, rounded, at least 2. So a run of one epoch trains at the schedule's first rate."""
+    1 + (e - 1) * epochs / own_epochs, rounded, at least 2. So one epoch trains at the schedule's first rate."""
     moved = lambda epoch: max(2, round(1 + (epoch - 1) * epochs / own_epochs)) if epoch > 1 else epoch
     for name in ("milestones", "tau_milestones"):
         if name in settings:
