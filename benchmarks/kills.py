@@ -41,7 +41,8 @@ def train(argv, output, torchrun):
 
 def run(argv, run_dir, world_size, kind=None, moment=0.0):
     """Trains in `world_size` processes, which are killed after `moment` seconds: in a save, as soon as a file is being
-    written. Returns rank 0's exit status, negative where a signal ended it, and its output."""
+    written. Returns rank 0's exit status, negative where a signal ended it, its output, and how long it took."""
+    began = time.perf_counter()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
@@ -61,7 +62,7 @@ def run(argv, run_dir, world_size, kind=None, moment=0.0):
                 os.kill(process.pid, getattr(signal, kind.split()[0]))
     for process in processes:
         process.join()
-    return processes[0].exitcode, run_dir.with_name("rank0.txt").read_text()
+    return processes[0].exitcode, run_dir.with_name("rank0.txt").read_text(), time.perf_counter() - began
 
 
 def ending(run_dir):
@@ -82,19 +83,17 @@ def ending(run_dir):
 def survive(method, kinds, world_size, folder, moments):
     """Trains `method` undisturbed, and once more with kills of these kinds. Returns what differs."""
     argv, kinds, whole, cut = [*RUN, "--method", method], list(kinds), folder / "whole", folder / "cut"
-    began = time.perf_counter()
-    status, output = run(argv, whole, world_size)
-    seconds = time.perf_counter() - began
+    status, output, seconds = run(argv, whole, world_size)
     while status in (0, *KILLED):
         kind = kinds[0] if kinds else None
-        status, output = run(argv, cut, world_size, kind, moments.uniform(0.1, 0.8) * seconds)
+        status, output, taken = run(argv, cut, world_size, kind, moments.uniform(0.1, 0.8) * seconds)
         if status in KILLED:
             kinds.pop(0)
         elif status == 0:  # it ended before it was hit
             differing = [name for name, value in ending(whole).items() if value != ending(cut)[name]]
             if differing or not kinds:
                 return differing
-            cut = cut.with_name(cut.name + "-again")
+            cut, seconds = Path(tempfile.mkdtemp(dir=folder)), taken
     return [f"exit status {status}: {output}"]
 
 
