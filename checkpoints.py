@@ -335,8 +335,8 @@ def check_run(content, path, kinds):
     missing = missing_keys(content, kinds)
     if not missing:
         missing = missing_keys(content["settings"], SETTINGS)
-        if not _is_json(content["settings"]):
-            missing.append("settings of numbers and words")
+        if not _is_json([content["settings"], content.get("config")]):
+            missing.append("settings and config of numbers and words")
         if not all(isinstance(name, str) for name in content["classes"]):
             missing.append("names of classes")
         if "log" in kinds and not _is_log(content["log"], content["epoch"]):

@@ -1,354 +1,230 @@
-"""Checkpoints: whole or absent, safe to open, strict to load, and those of other projects."""
+"""Checkpoints: whole or absent, safe to open, strict to load, and those of other projects; the run directory."""
 
 import io
+import json
 import os
 import pickle
-import re
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from cases import TinyNet, mutant_module
+from cases import TinyNet
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import checkpoints
-import cli
-from cli import UserError
+import data
+import train_dynat
+from checkpoints import bare_state_dict, claim_run_dir, load_weights, take_normalisation
+from cli import PARTIAL, UserError
+
+STATE = TinyNet().state_dict()
 
 
 def message(function, *arguments):
     """What the UserError says that `function` raises: one line."""
     with pytest.raises(UserError) as caught:
         function(*arguments)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def listing(folder):
-    return sorted(entry.name for entry in folder.iterdir())
+def saved(content, **options):
+    """The bytes of a file with `content`."""
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
 
 
-def breaks_half_way(content, file):
-    file.write(b"half")
-    raise RuntimeError("No space left on device\nenforce fail at inline_container.cc")
+# Any file
 
 
-def check_atomic(module, folder, monkeypatch):
-    """A write that fails, in torch.save or in the renaming, leaves the old file as it was and nothing beside it."""
-    path = folder / "last.pt"
-    module.save(path, {"epoch": 1})
+def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoints.save(path, {"epoch": 1})
     before = path.read_bytes()
-    for owner, name, broken in ((torch, "save", breaks_half_way), (os, "replace", lambda *_: os.stat("/nowhere"))):
+    for owner, name, error in ((torch, "save", RuntimeError("No space\nenforce fail")), (os, "replace", OSError("No"))):
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, broken)
-            assert message(module.save, path, {"epoch": 2}).startswith(f"cannot write {path}: ")
-        assert path.read_bytes() == before, "the old checkpoint is damaged"
-        assert listing(folder) == ["last.pt"], "a half-written file is left"
-    module.save(path, {"epoch": 2})
-    assert torch.load(path, weights_only=True) == {"epoch": 2}
-
-
-def test_a_failing_save_leaves_the_old_checkpoint_and_no_litter(tmp_path, monkeypatch):
-    check_atomic(checkpoints, tmp_path, monkeypatch)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("with written_whole(path) as aside, open(aside,", "with open(path,"),
-        ("except (OSError, RuntimeError) as error:", "except OSError as error:"),
-    ],
-)
-def test_a_save_that_is_not_atomic_is_rejected(old, new, tmp_path, monkeypatch):
-    with pytest.raises((AssertionError, RuntimeError, OSError)):
-        check_atomic(mutant_module(checkpoints, (old, new)), tmp_path, monkeypatch)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")', "aside = path"),
-        ("aside.unlink(missing_ok=True)", "pass"),
-    ],
-)
-def test_a_writing_aside_that_is_not_is_rejected(old, new, tmp_path, monkeypatch):
-    broken = mutant_module(checkpoints)
-    broken.written_whole = mutant_module(cli, (old, new)).written_whole
-    with pytest.raises((AssertionError, OSError)):
-        check_atomic(broken, tmp_path, monkeypatch)
-
-
-def test_what_is_saved_is_what_is_loaded(tmp_path):
-    content = {"target": TinyNet().state_dict(), "epoch": 3, "settings": {"lr": 0.1, "guide": "cnn"}, "classes": ["a"]}
-    checkpoints.save(tmp_path / "last.pt", content)
-    loaded = checkpoints.load(tmp_path / "last.pt")
-    assert loaded.keys() == content.keys()
-    assert all(torch.equal(loaded["target"][key], value) for key, value in content["target"].items())
-    assert {key: loaded[key] for key in ("epoch", "settings", "classes")} == {
-        key: content[key] for key in ("epoch", "settings", "classes")
-    }
+            patch.setattr(owner, name, Mock(side_effect=error))
+            assert message(checkpoints.save, path, {"epoch": 2}).startswith(f"cannot write {path}: No")
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
 
 
 class Bomb:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+    def __reduce__(self):  # unpickled, it makes a folder
+        return os.mkdir, ("ran",)
 
 
-def check_refuses_code(module, folder):
-    """A file that would run code is refused in words, and the code is not run; so is a whole pickled network."""
-    torch.save({"state_dict": Bomb(folder / "ran")}, folder / "zip.pt")
-    (folder / "bare.pt").write_bytes(pickle.dumps(Bomb(folder / "ran")))
-    torch.save(nn.Linear(1, 1), folder / "network.pt")
-    for name in ("zip.pt", "bare.pt", "network.pt"):
-        try:
-            module.load(folder / name)
-        except UserError as error:
-            assert "refused" in str(error)
-        else:
-            raise AssertionError(f"{name} was opened")
-        assert not (folder / "ran").exists(), "the file's code was run"
+def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    legacy = saved(Bomb(), _use_new_zipfile_serialization=False)
+    for content in (saved({"state_dict": Bomb()}), legacy, pickle.dumps(Bomb()), saved(nn.Linear(1, 1))):
+        Path("a.pt").write_bytes(content)
+        assert "holds more than tensors and numbers and could run code: refused" in message(checkpoints.load, "a.pt")
+        assert os.listdir() == ["a.pt"]
 
 
-def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path):
-    check_refuses_code(checkpoints, tmp_path)
-
-
-def test_a_loader_that_runs_code_is_rejected(tmp_path):
-    with pytest.raises(AssertionError):
-        check_refuses_code(mutant_module(checkpoints, ("weights_only=True)", "weights_only=False)")), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", "is empty"),
-        (b"<!DOCTYPE html><html><head><title>Sign in</title>", "is a web page"),
-        (b"\n  <html lang='en'>", "is a web page"),
-        (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is a web page"),
-        (b"404: Not Found", "is no checkpoint"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is a git-lfs pointer"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(64), "is no checkpoint"),
-        (bytes(4096), "is no checkpoint"),
-        (b"PK\x03\x04" + bytes(64), "is no checkpoint"),
-    ],
-)
-def test_a_file_that_is_no_checkpoint_is_named_in_one_line(content, says, tmp_path):
-    path = tmp_path / "weights.pt"
-    path.write_bytes(content)
-    assert f"{path} {says}" in message(checkpoints.load, path)
-
-
-def test_a_folder_and_a_missing_file_are_named_in_one_line(tmp_path):
-    assert "is a folder: name a checkpoint in it" in message(checkpoints.load, tmp_path)
-    assert message(checkpoints.load, tmp_path / "none.pt") == f"there is no file {tmp_path / 'none.pt'}"
-
-
-def check_checksums(module, folder):
-    """One bit of a weight that is another one is noticed; checksums that were not written are not missed."""
-    path, state = folder / "weights.pt", TinyNet().state_dict()
-    torch.save(state, path)
-    content = bytearray(path.read_bytes())
-    content[content.index(state["conv2.weight"].numpy().tobytes())] ^= 1
-    path.write_bytes(content)
-    assert not torch.equal(torch.load(path, weights_only=True)["conv2.weight"], state["conv2.weight"])
-    assert "does not match its checksum" in message(module.load, path)
-    former = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(state, path)
-    finally:
-        torch.serialization.set_crc32_options(former)
-    assert torch.equal(module.load(path)["conv2.weight"], state["conv2.weight"])
-
-
-def test_a_flipped_bit_is_noticed(tmp_path):
-    check_checksums(checkpoints, tmp_path)
-
-
-@pytest.mark.parametrize(("old", "new"), [("if damaged:", "if False:"), ("written and archive", "archive")])
-def test_a_loader_that_misreads_checksums_is_rejected(old, new, tmp_path):
-    with pytest.raises((AssertionError, UserError, pytest.fail.Exception)):
-        check_checksums(mutant_module(checkpoints, (old, new)), tmp_path)
-
-
-def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path):
+def test_what_is_not_a_checkpoint_is_named_in_one_line(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert message(checkpoints.load, tmp_path / "pipe") == f"{tmp_path / 'pipe'} is no file"
+    for name, says in (("", "is a folder: name a checkpoint"), ("none", "there is no file"), ("pipe", "is not a file")):
+        assert says in message(checkpoints.load, tmp_path / name)
+    for content, says in {
+        b"": "is empty",
+        b"<!DOCTYPE html><html><head>": "is a web page, not a checkpoint: download the file itself",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00": "is a git-lfs pointer, not a checkpoint: fetch",
+        b"404: Not Found": "is not a checkpoint, or a",
+    }.items():
+        (tmp_path / "a.pt").write_bytes(content)
+        assert message(checkpoints.load, tmp_path / "a.pt").startswith(f"{tmp_path / 'a.pt'} {says}")
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999, "all but a byte"])
-def test_a_truncated_checkpoint_is_refused_wherever_it_ends(share, zipped, tmp_path):
-    whole = io.BytesIO()
-    torch.save({"target": TinyNet().state_dict(), "epoch": 1}, whole, _use_new_zipfile_serialization=zipped)
-    size = whole.getbuffer().nbytes
-    path = tmp_path / "last.pt"
-    path.write_bytes(whole.getvalue()[: size - 1 if share == "all but a byte" else int(share * size)])
-    assert str(path) in message(checkpoints.load, path)
+def test_a_flipped_bit_is_noticed_where_the_file_has_checksums(tmp_path):
+    content = bytearray(saved(STATE))
+    content[content.index(STATE["conv2.weight"].numpy().tobytes())] ^= 1
+    (tmp_path / "a.pt").write_bytes(content)
+    assert "does not match its checksum" in message(checkpoints.load, tmp_path / "a.pt")
+    torch.serialization.set_crc32_options(False)
+    (tmp_path / "a.pt").write_bytes(saved(STATE))
+    torch.serialization.set_crc32_options(True)
+    assert torch.equal(checkpoints.load(tmp_path / "a.pt")["conv2.weight"], STATE["conv2.weight"])
 
 
-ADAPTED = {
-    "bare": lambda state: state,
-    "module.": lambda state: {f"module.{key}": value for key, value in state.items()},
-    "_orig_mod.": lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
-    "both": lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
-    "both, the other way": lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
-    "state_dict": lambda state: {"state_dict": state, "epoch": 7},
-    "model": lambda state: {"model": state, "optimizer": {}},
-    "net": lambda state: {"net": {f"module.{key}": value for key, value in state.items()}, "acc": 80.0},
-    "sub_block1": lambda state: {
-        **state,
-        "sub_block1.layer.0.bn1.weight": torch.zeros(8),
-        "module.sub_block1.layer.0.conv1.weight": torch.zeros(8, 8),
-    },
-}
+@given(st.booleans(), st.randoms(use_true_random=False))
+def test_a_damaged_file_is_read_or_named_in_one_line_and_a_truncated_one_never_read(tmp_path_factory, zipped, draws):
+    content = bytearray(saved({"target": STATE, "epoch": 1}, _use_new_zipfile_serialization=zipped))
+    for _ in range(draws.randrange(20)):
+        content[draws.randrange(len(content))] = draws.randrange(256)
+    size = draws.choice([len(content), draws.randrange(len(content)), len(content) - 1])
+    path = tmp_path_factory.mktemp("damaged") / "last.pt"
+    path.write_bytes(content[:size])
+    try:
+        checkpoints.load(path)
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert size == len(content)
 
 
-def check_adapter(module, name):
-    """The weights that another project keeps in its own way arrive unchanged, every one of them."""
-    torch.manual_seed(0)
-    state = TinyNet().state_dict()
-    net = TinyNet()
-    module.load_weights(net, module.bare_state_dict(ADAPTED[name](state)))
-    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+def test_tensors_that_are_not_plain_numbers_in_memory_and_cycles_are_refused_wherever_they_are(tmp_path):
+    cycle = []
+    cycle.append(cycle)
+    quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    for value in (torch.eye(2).to_sparse(), quantised, torch.ones(2, device="meta"), torch.ones(2) * 1j, cycle):
+        (tmp_path / "a.pt").write_bytes(saved({"log": [{"deep": (1, value)}]}))
+        assert message(checkpoints.load, tmp_path / "a.pt").startswith(str(tmp_path / "a.pt"))
 
 
-@pytest.mark.parametrize("name", ADAPTED)
-def test_weights_of_other_projects_load_strictly(name):
-    check_adapter(checkpoints, name)
+# Networks
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
-        ("both", "while key.startswith(PREFIXES)", "if key.startswith(PREFIXES)"),
-        ("module.", 'PREFIXES = ("module.", ', "PREFIXES = ("),
-        ("net", '"model", "net")', '"model")'),
-        ("sub_block1", "if not key.startswith(DEAD_PREFIX):", "if True:"),
-    ],
-)
-def test_an_adapter_that_forgets_a_way_is_rejected(name, old, new):
-    with pytest.raises(UserError):
-        check_adapter(mutant_module(checkpoints, (old, new)), name)
+def test_weights_of_other_projects_load_strictly():
+    prefixed = {f"module._orig_mod.{key}": value for key, value in STATE.items()}
+    dead = {**STATE, "module.sub_block1.layer.0.conv1.weight": torch.zeros(8, 8)}
+    uncounted = {key: value for key, value in STATE.items() if "num_batches" not in key}
+    wrapped = [{"state_dict": STATE, "epoch": 7}, {"model": prefixed, "optimizer": {}}, {"net": STATE, "acc": 80.0}]
+    for content in (STATE, prefixed, dead, uncounted, *wrapped):
+        net = TinyNet()
+        load_weights(net, bare_state_dict(content))
+        assert all(torch.equal(value, STATE[key]) for key, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "content", [{}, [1, 2], 3, "weights", {"state_dict": {}}, {"epoch": 3}, {1: torch.zeros(1)}, torch.zeros(3)]
-)
-def test_content_without_a_state_dict_is_refused(content):
-    assert "the file holds no state_dict" in message(checkpoints.bare_state_dict, content)
+def test_content_without_a_state_dict_or_with_two_entries_of_one_name_is_refused():
+    for content in ({}, [1], 3, "weights", {"state_dict": {}}, {"epoch": 3}, {1: torch.ones(1)}, torch.ones(3)):
+        assert "the file holds no state_dict" in message(bare_state_dict, content)
+    assert "holds bias twice" in message(bare_state_dict, {"module.bias": torch.ones(1), "bias": torch.ones(1)})
 
 
-def check_strict(module):
-    """Missing, unexpected and reshaped entries are refused by name, with nothing loaded."""
+def test_weights_of_another_network_are_refused_with_a_readable_list_and_nothing_is_loaded():
     net = TinyNet()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     good = {key: value + 1 for key, value in before.items()}
-    cases = {
-        r"1 missing \(linear\.bias\)": {key: value for key, value in good.items() if key != "linear.bias"},
-        r"1 unexpected \(extra\)": {**good, "extra": torch.zeros(1)},
-        r"1 of another shape \(linear\.bias \(100,\) instead of \(10,\)\)": {**good, "linear.bias": torch.zeros(100)},
-        r"14 missing \(conv1\.weight, bn1\.weight, bn1\.bias \.\.\.\); 1 unexpected \(a\)": {"a": torch.zeros(1)},
+    other = "is of another network: "
+    bad = {
+        other + "1 missing (linear.bias)": {key: good[key] for key in good if key != "linear.bias"},
+        other + "1 unexpected (extra)": {**good, "extra": torch.zeros(1)},
+        other + "1 of another shape (linear.bias (9,) instead of (10,))": {**good, "linear.bias": torch.zeros(9)},
+        other + "12 missing (conv1.weight, bn1.weight, bn1.bias ...); 14 unexpected (net.conv1.weight, net.bn1.weight, "
+        "net.bn1.bias ...); all keys begin with 'net.'": {f"net.{key}": value for key, value in good.items()},
     }
-    for pattern, state in cases.items():
-        try:
-            module.load_weights(net, state, "the target in last.pt")
-        except UserError as error:
-            assert re.fullmatch(f"the target in last.pt is of another network: {pattern}", str(error)), str(error)
-        else:
-            raise AssertionError(f"loaded in spite of {pattern}")
+    damaged = "is damaged: linear.bias is not a tensor of finite numbers"
+    values = [3, torch.ones(10) > 0, torch.full((10,), torch.nan), torch.full((10,), 1e300, dtype=torch.float64)]
+    for says, state in [*bad.items(), *((damaged, {**good, "linear.bias": value}) for value in values)]:
+        assert message(load_weights, net, state, "the target in a.pt") == f"the target in a.pt {says}"
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items()), "a partial load"
-    module.load_weights(net, good)
-    assert all(torch.equal(value, good[key]) for key, value in net.state_dict().items())
 
 
-def test_weights_of_another_network_are_refused_with_a_readable_list():
-    check_strict(checkpoints)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("missing = [key for key in own if key not in state_dict]", "missing = []"),
-        ("unexpected = [key for key in state_dict if key not in own]", "unexpected = []"),
-        ("if key in state_dict and state_dict[key].shape != own[key].shape", "if False"),
-        ("    model.load_state_dict(state_dict)\n", "    pass\n"),
-        ("    own = model.state_dict()\n", "    own = model.state_dict()\n    model.bn1.bias.data += 1\n"),
-    ],
-)
-def test_a_loader_that_is_not_strict_is_rejected(old, new):
-    with pytest.raises((AssertionError, RuntimeError)):
-        check_strict(mutant_module(checkpoints, (old, new)))
-
-
-def check_normalisation(module):
-    """Another project's normalisation becomes a layer in front: f((x - mean) / std), whatever its names and shapes."""
-    torch.manual_seed(0)
-    net, x = TinyNet().eval(), torch.rand(2, 3, 8, 8)
+@pytest.mark.parametrize("names", [("mu", "sigma"), ("mean", "std"), ("0.mean", "0.std")])
+def test_a_normalisation_kept_with_the_weights_goes_in_front_of_the_network(names):
+    net, loaded, x = TinyNet().eval(), TinyNet().eval(), torch.rand(2, 3, 8, 8)
     mean, std = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.2, 0.25, 0.3])
+    prefix = "1." if "." in names[0] else ""
+    content = {f"{prefix}{key}": value for key, value in net.state_dict().items()}
+    state, normalisation = take_normalisation(bare_state_dict({**content, names[0]: mean, names[1]: std.view(3, 1, 1)}))
+    load_weights(loaded, state)
     expected = net((x - mean.view(3, 1, 1)) / std.view(3, 1, 1))
-    for names in (("mu", "sigma"), ("mean", "std")):
-        for shape in ((3,), (3, 1, 1), (1, 3, 1, 1)):
-            buffers = dict(zip(names, (mean.reshape(shape), std.reshape(shape)), strict=True))
-            content = {"state_dict": {f"module.{key}": value for key, value in (net.state_dict() | buffers).items()}}
-            state, normalisation = module.take_normalisation(module.bare_state_dict(content))
-            loaded = TinyNet().eval()
-            module.load_weights(loaded, state)
-            assert torch.allclose(module.Normalised(loaded, *normalisation)(x), expected, atol=1e-6)
-    state, normalisation = module.take_normalisation(net.state_dict())
-    assert list(state) == list(net.state_dict()) and normalisation is None
-    for bad in (
-        (255 * mean, std),
-        (mean, 255 * std),
-        (-mean, std),
-        (mean, 0 * std),
-        (mean, -std),
-        (mean / 0, std),
-        (mean[:2], std),
-    ):
-        try:
-            module.take_normalisation({**net.state_dict(), "mean": bad[0], "std": bad[1]})
-        except UserError as error:
-            assert "the file's normalisation is not one of RGB images in [0, 1]: mean [" in str(error)
-        else:
-            raise AssertionError(f"a normalisation by {bad} was taken")
+    assert torch.allclose(checkpoints.Normalised(loaded, *normalisation)(x), expected, atol=1e-6)
+    for name, value in (("mean", 127.0), ("mean", -0.1), ("mean", torch.nan), ("std", 64.0), ("std", 0.0)):
+        bad = {**STATE, "mean": mean, "std": std, name: torch.full((3,), value)}
+        assert "the file's normalisation is not one of RGB images in [0, 1]: mean [" in message(take_normalisation, bad)
 
 
-def test_a_normalisation_kept_with_the_weights_goes_in_front_of_the_network():
-    check_normalisation(checkpoints)
+# The run directory
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("(x - self.mean) / self.std", "x - self.mean / self.std"),
-        ("for value in (mean, std))", "for value in (std, mean))"),
-        ('("mu", "sigma"), ', ""),
-        ("(mean <= 1)", "(mean <= 255)"),
-        ("(mean >= 0)", "(mean >= -1)"),
-        ("(std <= 1)", "(std <= 255)"),
-        ("(std > 0)", "(std > -1)"),
-        ("sizes <= {1, 3}", "sizes"),
-    ],
-)
-def test_another_normalisation_is_rejected(old, new):
-    with pytest.raises((AssertionError, UserError, RuntimeError)):
-        check_normalisation(mutant_module(checkpoints, (old, new)))
+def claim(run_dir, resume=True):
+    with claim_run_dir(run_dir, resume) as checkpoint:
+        return checkpoint
 
 
-@pytest.mark.parametrize("value", [3, "a", [1.0], torch.ones(10) * 1j], ids=["int", "str", "list", "complex"])
-def test_a_weight_that_is_no_tensor_of_real_numbers_is_refused(value):
-    net = TinyNet()
-    state = {**net.state_dict(), "linear.bias": value}
-    assert "linear.bias is no tensor of real numbers" in message(checkpoints.load_weights, net, state)
-    assert message(checkpoints.load_weights, net, [state]) == "checkpoint is no state_dict"
+def test_unfinished_files_go_only_in_a_runs_folder_and_only_our_own(tmp_path):
+    ours = {f".last.pt.12{PARTIAL}", f".epoch007.pt.3{PARTIAL}"}
+    others = {".mine.partial", f".a.json.12{PARTIAL}", "last.pt.partial"}
+    for name in ours | others:
+        (tmp_path / name).write_text("precious")
+    claim(tmp_path)
+    assert set(os.listdir(tmp_path)) == ours | others
+    (tmp_path / "config.json").write_text('{"settings": {}}')
+    claim(tmp_path)
+    assert set(os.listdir(tmp_path)) == others | {"config.json"}
 
 
-def test_two_entries_of_one_name_are_refused():
-    state = {"module.conv1.weight": torch.zeros(1), "conv1.weight": torch.ones(1)}
-    assert "holds conv1.weight twice" in message(checkpoints.bare_state_dict, state)
+def test_a_first_run_overwrites_no_file_and_no_pipe_of_somebody_else(tmp_path):
+    for name in ("config.json", "log.jsonl", "best.pt", "weights.pt", "epoch010.pt"):
+        for make in (lambda path: path.write_text('{"model": "bert"}'), os.mkfifo):
+            make(tmp_path / name)
+            assert f"{name} is there, but no last.pt to continue from: choose another --out" in message(claim, tmp_path)
+            (tmp_path / name).unlink()
+
+
+def test_a_folder_is_used_by_one_run_at_a_time_and_an_empty_one_is_removed(tmp_path):
+    with claim_run_dir(tmp_path / "a" / "b", resume=False):
+        assert "another run is at work in" in message(claim, tmp_path / "a" / "b")
+    assert os.listdir(tmp_path) == []
+    assert "exists already: continue it with --resume, or choose" in message(claim, tmp_path, False)
+
+
+def test_what_the_folder_says_is_true_after_every_epoch_and_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TINY_SIZE", {"train": 40, "test": 20})
+    run_dir, seen = tmp_path / "run", []
+    argv = f"--dataset tiny --steps 1 --device cpu --out {run_dir}".split()
+
+    def check(row, epochs):
+        config, log = json.loads((run_dir / "config.json").read_text()), (run_dir / "log.jsonl").read_text()
+        last, weights = checkpoints.load(run_dir / "last.pt"), checkpoints.load(run_dir / "weights.pt")
+        assert config["settings"]["epochs"] == epochs and config["images"] == {"train": 40, "test": 20}
+        assert last["epoch"] == row["epoch"] and [json.loads(line) for line in log.splitlines()] == last["log"]
+        assert all(torch.equal(weights[key], value) for key, value in last["target"].items())
+        seen.append(row["epoch"])
+        return ""
+
+    monkeypatch.setattr(train_dynat, "report", check)
+    assert train_dynat.main([*argv, "--epochs", "2"]) == 0
+    (run_dir / "config.json").write_text("of another run")
+    (run_dir / "weights.pt").unlink()
+    assert train_dynat.main([*argv, "--resume"]) == 0
+    check({"epoch": 2}, 2)
+    assert train_dynat.main([*argv, "--resume", "--epochs", "3"]) == 0
+    assert seen == [1, 2, 2, 3]
