@@ -541,8 +541,8 @@ def main(argv):
 def evaluate(args, command):
     """Attacks the networks that the flags name, writes the files, prints the figures."""
     outputs = [args.json, args.json.with_suffix(".npz")] if args.json else []
-    if args.json and args.json.suffix != ".json":
-        raise UserError(f"--json {args.json}: it ends in .json")
+    if args.json and not (args.json.suffix == ".json" and args.json.parent.is_dir()):
+        raise UserError(f"--json {args.json}: it is a name that ends in .json, in a folder that exists")
     beside = args.json or args.checkpoint
     progress_file = beside.with_name(beside.name + ".progress")
     check_unused(outputs if not (args.resume and progress_file.exists()) else [])
@@ -552,7 +552,7 @@ def evaluate(args, command):
     settings = content["settings"]
     args.dataset = args.dataset or settings["dataset"]
     if args.weights == "ema":
-        if "ema" not in content:
+        if checkpoints.missing_keys(content, {"ema": dict}):
             raise UserError(f"{args.checkpoint} holds no averaged weights: train with --ema")
         content["target"] = content["ema"]
     images, indices = load_test_images(args, content)
@@ -612,7 +612,8 @@ def evaluate(args, command):
             print(table(report["results"], report["worst_case"]), flush=True)
             progress_file.unlink(missing_ok=True)
         except (KeyboardInterrupt, BrokenPipeError) as stop:
-            raise type(stop)(f"{done} of {total} images are done; to go on, add --resume") from None
+            kept = f"{done} of {total} images are done; to go on, add --resume"
+            raise type(stop)(kept if progress_file.exists() else f"the figures are in {args.json}") from None
 
 
 if __name__ == "__main__":
