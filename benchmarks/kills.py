@@ -34,6 +34,7 @@ KILLED = (-signal.SIGKILL, -signal.SIGTERM, 130)
 
 def train(argv, output, torchrun):
     """What each process does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     os.environ.update({name: str(value) for name, value in torchrun.items()})
     with open(output, "w") as stream, redirect_stdout(stream), redirect_stderr(stream):
         sys.exit(train_dynat.main(argv))
