@@ -589,11 +589,11 @@ def main(argv):
             train(settings, run_dir, device, checkpoint)
         except (KeyboardInterrupt, BrokenPipeError) as stop:
             raise type(stop)(checkpoints.what_is_saved(run_dir)) from None
-    networks = ["--network", "target,guide"] if "guide" in settings else []
-    picture = ["weak-to-strong" if "guide" in settings else "clean", str(run_dir), "--out", "picture.svg"]
-    print(f"\nThe target's weights are in {run_dir / 'weights.pt'}. Draw the run, attack its networks:")
-    print(shlex.join(["python", "figures.py", *picture]))
-    print(shlex.join(["python", "evaluate.py", str(run_dir / "last.pt"), *networks]))
+        networks = ["--network", "target,guide"] if "guide" in settings else []
+        picture = ["weak-to-strong" if "guide" in settings else "clean", str(run_dir), "--out", "picture.svg"]
+        print(f"\nThe target's weights are in {run_dir / 'weights.pt'}. Draw the run, attack its networks:")
+        print(shlex.join(["python", "figures.py", *picture]))
+        print(shlex.join(["python", "evaluate.py", str(run_dir / "last.pt"), *networks]))
 
 
 if __name__ == "__main__":
