@@ -70,13 +70,11 @@ def ending(run_dir):
     """What a run ended in."""
     best = torch.load(run_dir / "best.pt", weights_only=True)
     networks = [best[role] for role in ("target", "guide", "ema") if role in best]
-    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    for row in rows:
-        del row["seconds"], row["images_per_second"]
+    lines = (run_dir / "log.jsonl").read_text().splitlines()
     return {
         "weights.pt": (run_dir / "weights.pt").read_bytes(),
         "best.pt": [value.numpy().tobytes() for state_dict in networks for value in state_dict.values()],
-        "log.jsonl": rows,
+        "log.jsonl": [{**json.loads(line), "seconds": None, "images_per_second": None} for line in lines],
         "names of files": sorted(file.name for file in run_dir.iterdir()),
     }
 
