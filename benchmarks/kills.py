@@ -67,7 +67,7 @@ def run(argv, run_dir, world_size, kind=None, moment=0.0):
 
 
 def ending(run_dir):
-    """What a run ended in."""
+    """What a run ended in. A kill in the first write leaves an unfinished config.json: the folder is no run's yet."""
     best = torch.load(run_dir / "best.pt", weights_only=True)
     networks = [best[role] for role in ("target", "guide", "ema") if role in best]
     lines = (run_dir / "log.jsonl").read_text().splitlines()
@@ -75,7 +75,7 @@ def ending(run_dir):
         "weights.pt": (run_dir / "weights.pt").read_bytes(),
         "best.pt": [value.numpy().tobytes() for state_dict in networks for value in state_dict.values()],
         "log.jsonl": [{**json.loads(line), "seconds": None, "images_per_second": None} for line in lines],
-        "names of files": sorted(file.name for file in run_dir.iterdir()),
+        "names of files": {file.name for file in run_dir.iterdir() if not file.match(f".config.json.*{PARTIAL}")},
     }
 
 
@@ -106,16 +106,16 @@ def main(argv):
     print("  ".join(f"{name} {value}" for name, value in provenance(torch.device("cpu")).items()))
     torch.set_num_threads(1)
     torch.ones(64, 64) @ torch.ones(64, 64)  # makes MKL load its code, which a signal would disturb
-    moments, broken = random.Random(0), 0
+    moments, broken, n = random.Random(0), 0, len(args.methods)
     for i, method in enumerate(args.methods):
-        kinds = [KINDS[j % len(KINDS)] for j in range(i, args.kills, len(args.methods))]
+        kinds = [KINDS[j % len(KINDS)] for j in range(args.kills * i // n, args.kills * (i + 1) // n)]
         with tempfile.TemporaryDirectory() as folder:
             differing = survive(method, kinds, args.processes, Path(folder), moments)
         broken += bool(differing)
         outcome = f"DIFFERS: {', '.join(differing)}" if differing else "same"
         print(f"{method:20} {', '.join(kinds)}: {outcome}", flush=True)
     if broken:
-        raise UserError(f"{broken} of {len(args.methods)} runs did not end as undisturbed ones")
+        raise UserError(f"{broken} of {n} runs did not end as undisturbed ones")
 
 
 if __name__ == "__main__":
