@@ -336,7 +336,7 @@ def check_run(content, path, kinds):
     if not missing:
         missing = missing_keys(content["settings"], SETTINGS)
         if not _is_json([content["settings"], content.get("config")]):
-            missing.append("settings and config of numbers and words")
+            missing.append("settings and config of finite numbers and words")
         if not all(isinstance(name, str) for name in content["classes"]):
             missing.append("names of classes")
         if "log" in kinds and not _is_log(content["log"], content["epoch"]):

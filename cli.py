@@ -72,7 +72,8 @@ def exit_status(main):
             sys.stdout.reconfigure(errors="backslashreplace")
         speaks = not under_torchrun() or os.environ["RANK"] == "0"
         try:
-            main(sys.argv[1:] if argv is None else argv)
+            with torch.random.fork_rng(devices=[]):  # a caller's random numbers stay as they would have been
+                main(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()
             return 0
         except BrokenPipeError as error:
