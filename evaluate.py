@@ -530,22 +530,18 @@ def check_auto_attack(attacks, num_classes):
 
 
 @exit_status
+@numerics(deterministic=False)
 def main(argv):
     args = parser().parse_args(argv)
     if args.attacks is None:
         args.attacks = attack_names(DEFAULT_ATTACKS + (",aa" if args.protocol == "paper" else ""))
-    with numerics(deterministic=False):
-        evaluate(args, shlex.join(["python", "evaluate.py", *argv]))
-
-
-def evaluate(args, command):
-    """Attacks the networks that the flags name, writes the files, prints the figures."""
-    outputs = [args.json, args.json.with_suffix(".npz")] if args.json else []
     if args.json and not (args.json.suffix == ".json" and args.json.parent.is_dir()):
         raise UserError(f"--json {args.json}: it is a name that ends in .json, in a folder that exists")
+    outputs = [args.json, args.json.with_suffix(".npz")] if args.json else []
     beside = args.json or args.checkpoint
     progress_file = beside.with_name(beside.name + ".progress")
-    check_unused(outputs if not (args.resume and progress_file.exists()) else [])
+    if not (args.resume and progress_file.exists()):
+        check_unused(outputs)
 
     device = pick_device(args.device)
     content, sha256 = checkpoints.load_trained(args.checkpoint, args.target, args.dataset)
@@ -557,13 +553,14 @@ def evaluate(args, command):
         content["target"] = content["ema"]
     images, indices = load_test_images(args, content)
     images, total, num_classes = images.to(device), len(images.y), len(images.classes)
-    networks, layout = {}, memory_format(device, "fp32")
-    for role in args.network.split(","):
-        model = checkpoints.load_network(content, role, args.checkpoint, num_classes, layout)
-        networks[role] = model.to(device)
+    networks = {
+        role: checkpoints.load_network(content, role, args.checkpoint, num_classes, memory_format(device, "fp32"))
+        for role in args.network.split(",")
+    }
+    networks = {role: model.to(device) for role, model in networks.items()}
     protocol_name, planned = protocol(args, total)
     report = {
-        "command": command,
+        "command": shlex.join(["python", "evaluate.py", *argv]),
         "checkpoint": str(args.checkpoint),
         "sha256": sha256,
         **provenance(device),
@@ -583,7 +580,8 @@ def evaluate(args, command):
     parts = torch.arange(total).split(args.batch_size)
     shapes = [(len(part), len({column for chain in chains.values() for column in chain})) for part in parts]
     with open_progress(progress_file, report, shapes, args.resume) as (batches, append):
-        check_unused(outputs if len(batches) < len(parts) else [])
+        if len(batches) < len(parts):
+            check_unused(outputs)
         done = sum(len(part) for part in parts[: len(batches)])
         try:
             with Progress(total, done) as bar:
