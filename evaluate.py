@@ -24,245 +24,31 @@ continues. With --json FILE.json the matrix is kept in FILE.npz.
 """
 
 import json
-import logging
 import math
 import os
 import re
 import shlex
 import sys
-import time
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import checkpoints
 import cli
-from attacks import eval_mode, linf_pgd, margin, uniform_start
 from cli import Parser, Progress, UserError, exit_status, in_range, numerics, parse_fraction, pick_device, provenance
-from data import DATASETS, check_classes, class_balanced_subset, load_images, make_generator, to_float
+from data import DATASETS, check_classes, class_balanced_subset, load_images
+from robustness import AUTO_ATTACK, SETTINGS, TARGETS, attack_columns, collect_warnings, matrix_of, plan_columns
 from speed import memory_format
 
 DEFAULT_ATTACKS = "clean,pgd10,pgd20,pgd50,cw"
 ALL = ("pgd10", "pgd20", "pgd50", "cw", "aa")  # "All" of the paper's Table 1 is the mean over these
-STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")  # of AutoAttack
-AUTO_ATTACK = {"apgd": STAGES[:1], "aa-fast": STAGES[:2], "aa": STAGES}
-CW_STEPS = 20
-TARGETS = 9  # classes that apgd-t and fab-t aim at, if there are so many others
-SETTINGS = {  # what is fixed and reported; the steps of pgd are in its name
-    "fgsm": {"steps": 1},
-    "cw": {"steps": CW_STEPS, "restarts": 1, "kappa": 0},
-    "apgd-ce": {"steps": 100, "restarts": 1},
-    "apgd-t": {"steps": 100, "restarts": 1, "targets": TARGETS},
-    "fab-t": {"steps": 100, "restarts": 1, "targets": TARGETS},
-    "square": {"queries": 5000, "restarts": 1},
-}
-BLOCK = 32  # consecutive test images whose starts are drawn together: a generator for each costs more than its draws
 FLAGS = ("network", "attacks", "dataset", "weights", "epsilon", "step_size", "batch_size", "seed")
-LOGGER = logging.getLogger("auto-attack")  # of the package pyautoattack
 
 
-# Attacks
-
-
-@torch.no_grad()
-def correct(model, x, y):
-    """Whether argmax model(x) = y. Images (B, 3, H, W), y (B,); returns (B,) bool. Raises UserError if a logit is not
-    finite."""
-    logits = model(x)  # (B, C)
-    if not logits.isfinite().all():
-        raise UserError("the network's logits are not finite: its weights are damaged")
-    return logits.argmax(1) == y
-
-
-def fgsm(model, x, y, epsilon):
-    """x_adv = x + epsilon * sign(grad CE), clamped to [0, 1] (Goodfellow et al., 2015): one step, no random start."""
-    objective = lambda z: F.cross_entropy(z, y, reduction="sum")
-    return linf_pgd(model, x, x, objective, epsilon=epsilon, step_size=epsilon, steps=1)
-
-
-def pgd(model, x, y, start, **budget):
-    """PGD on CE(., y) that moves only the images still classified as y, so an image once fooled stays fooled.
-
-    Images and start (B, 3, H, W) in [0, 1], y (B,); `budget` is epsilon, step_size and steps; returns x_adv.
-    Source: DYNAT, auto_attack_eval1.py, attack_pgd.
-    """
-    objective = lambda z: F.cross_entropy(z, y, reduction="sum")
-    return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, **budget)
-
-
-def cw(model, x, y, start, **budget):
-    """The same loop on C&W's margin, max_{c != y} z_c - z_y, with kappa = 0. Source: auto_attack_eval1.py,
-    cw_Linf_attack."""
-    objective = lambda z: -margin(z, y).sum()
-    return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, **budget)
-
-
-def drop_fooled(attack, model, x, y, start, *, steps, **budget):
-    """What `attack`, pgd or cw, makes of a batch, but for rounding: an image that is fooled leaves the batch at once.
-
-    Images and start (B, 3, H, W) in [0, 1], y (B,); `budget` is epsilon and step_size; returns x_adv.
-    """
-    x_adv = start.clone()
-    active = torch.arange(len(y), device=x.device)
-    for _ in range(steps):
-        logits = []
-
-        def watched(images, logits=logits):
-            logits.append(model(images))  # (B, C)
-            return logits[0]
-
-        x_adv[active] = attack(watched, x[active], y[active], x_adv[active], steps=1, **budget)
-        active = active[logits[0].argmax(1) == y[active]]  # the step's one wait for the device
-        if not len(active):
-            break
-    return x_adv
-
-
-def starts(x, indices, epsilon, key):
-    """A uniform start for each image. It depends on `key` and the image's index in the test set alone, not on the batch
-    or on what was attacked before. Images x (B, 3, H, W), indices (B,) int64 on the CPU."""
-    blocks, block_of = (indices // BLOCK).unique(return_inverse=True)
-    slots = (block_of * BLOCK + indices % BLOCK).to(x.device)
-    start = x.new_zeros(len(blocks) * BLOCK, *x.shape[1:])
-    start[slots] = x
-    for block, rows in zip(blocks.tolist(), start.split(BLOCK), strict=True):
-        rows.copy_(uniform_start(rows, epsilon, make_generator(x.device, *key, block)))
-    return torch.empty_like(x).copy_(start[slots])  # in the memory format of x
-
-
-def auto_attack(model, stage, x, y, *, epsilon, seed):
-    """A stage of AutoAttack as its standard version runs it. Images (B, 3, H, W) in [0, 1], y (B,); returns x_adv, x
-    where the attack failed. The targeted stages need four classes."""
-    from pyautoattack import AutoAttack
-
-    with torch.no_grad():
-        num_classes = model(x[:1]).shape[1]
-    adversary = AutoAttack(model, norm="Linf", eps=epsilon, version="standard", seed=seed, device=x.device)
-    adversary.attacks_to_run = [stage]
-    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(TARGETS, num_classes - 1)
-    trace = sys.gettrace()
-    with torch.random.fork_rng([x.device] if x.is_cuda else []):  # the package seeds torch's global generator
-        x_adv, _ = adversary.run_standard_evaluation(x.contiguous(), y, batch_size=len(y))
-    sys.settrace(trace)  # the package ends the trace of a debugger or of coverage
-    return x_adv
-
-
-@contextmanager
-def sanity_warnings():
-    """A list, to which AutoAttack's own checks add what they find inside the `with`."""
-    found = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())
-    LOGGER.addHandler(handler)
-    try:
-        yield found
-    finally:
-        LOGGER.removeHandler(handler)
-
-
-def checked(name, x, x_adv, epsilon, slack=0.0):
-    """x_adv, if all of it lies in the epsilon ball of x and in [0, 1] and is finite; else raises UserError."""
-    allowed = (x_adv >= x - epsilon - slack) & (x_adv <= x + epsilon + slack) & (x_adv >= 0) & (x_adv <= 1)
-    if not allowed.all():  # false for NaN as well
-        raise UserError(f"{name} left the epsilon ball or [0, 1], or met a NaN: are the weights finite?")
-    return x_adv
-
-
-def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
-    """The images that attack `name`, or a stage of AutoAttack, makes of x, checked elementwise: in the epsilon ball, in
-    [0, 1] and finite. Raises UserError if they are not.
-
-    Images x (B, 3, H, W) in [0, 1], y (B,), their indices in the test set (B,) on the CPU. All randomness comes from
-    the indices, `name` and `seed`.
-    """
-    if name == "clean":
-        return x
-    if name in STAGES:
-        generator = make_generator("cpu", seed, name, int(indices[0]))
-        x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=generator.initial_seed())
-        return checked(name, x, x_adv, epsilon, slack=1e-6)  # FAB measures |x_adv - x|, which rounds
-    if name == "fgsm":
-        return checked(name, x, fgsm(model, x, y, epsilon), epsilon)
-    attack, steps = (cw, CW_STEPS) if name == "cw" else (pgd, int(name.removeprefix("pgd")))
-    start = starts(x, indices, epsilon, (seed, name))
-    x_adv = drop_fooled(attack, model, x, y, start, epsilon=epsilon, step_size=step_size, steps=steps)
-    return checked(name, x, x_adv, epsilon)
-
-
-def still_correct(model, images, attack, *, epsilon, step_size, batch_size, seed, indices=None):
-    """Which images are classified as their label under `attack`, or under a stage of AutoAttack, in eval mode.
-
-    indices   which of `images`, (M,) int64 on the CPU (default: all). Starts depend on them, not on the batch.
-
-    Returns (M,) bool on the CPU. Raises UserError if a logit is not finite.
-    """
-    if indices is None:
-        indices = torch.arange(len(images.y))
-    budget = {"epsilon": epsilon, "step_size": step_size, "seed": seed}
-    layout = memory_format(images.x.device, "fp32")
-    masks = [torch.zeros(0, dtype=torch.bool)]
-    with eval_mode(model):
-        for batch in indices.split(batch_size) if len(indices) else ():
-            selected = images.select(batch.to(images.y.device))
-            x_adv = attack_batch(model, attack, to_float(selected.x, layout), selected.y, batch, **budget)
-            masks.append(correct(model, x_adv, selected.y).cpu())
-    return torch.cat(masks)
-
-
-# The matrix
-
-
-class Column(NamedTuple):
-    """A column of the matrix: an attack, or a stage of AutoAttack, on a network and the first n images."""
-
-    network: str  # target or guide
-    attack: str
-    epsilon: float | None
-    n: int
-
-
-def plan_columns(roles, attacks, total):
-    """The columns behind each asked attack: {(network, attack): [clean, ...]}. Each attacks the images that are still
-    correct in the one before. AutoAttack's versions share theirs.
-
-    `attacks` is {name: (number of images, epsilon)}, `total` the number of all images.
-    """
-    chains = {}
-    for role in roles:
-        for name, (n, epsilon) in attacks.items():
-            stages = AUTO_ATTACK.get(name, [] if name == "clean" else [name])
-            attacked = [Column(role, stage, epsilon, n) for stage in stages]
-            chains[role, name] = [Column(role, "clean", None, total), *attacked]
-    return chains
-
-
-def attack_columns(networks, chains, images, indices, *, step_size, seed):
-    """The matrix's rows for the images at `indices`, as a progress file holds them: "rows" (of an image, a 0 or 1 per
-    column), "seconds" (per column) and AutoAttack's "warnings"."""
-    masks, seconds, warnings = {}, [], []
-    for chain in chains.values():
-        active = torch.ones(len(indices), dtype=torch.bool)
-        for column in chain:
-            if column not in masks:
-                began = time.perf_counter()
-                active = active & (indices < column.n)
-                masks[column] = torch.zeros_like(active)
-                with sanity_warnings() as sentences:
-                    masks[column][active] = still_correct(
-                        networks[column.network], images, column.attack, epsilon=column.epsilon, step_size=step_size,
-                        batch_size=len(indices), seed=seed, indices=indices[active],
-                    )  # fmt: skip
-                where = f"{column.network}: AutoAttack on images {indices[0]} to {indices[-1]}"
-                warnings += [f"{where}: {sentence}" for sentence in sentences]
-                seconds.append(time.perf_counter() - began)
-            active = masks[column]
-    rows = torch.stack(list(masks.values()), 1).int().tolist()
-    return {"rows": ["".join(map(str, row)) for row in rows], "seconds": seconds, "warnings": warnings}
+# Results
 
 
 def wilson(hits, n):
@@ -334,32 +120,6 @@ def table(rows, cells):
         if found.keys() >= set(ALL):
             lines.append(f"{role:7}  All         {sum(found[name] for name in ALL) / len(ALL):8.2%}")
     return "\n".join(lines)
-
-
-def matrix_of(chains, batches):
-    """({column: mask over the images of the batches}, {column: seconds})."""
-    columns = {column: None for chain in chains.values() for column in chain}  # in order
-    masks = torch.cat([rows for rows, _, _ in batches]).T
-    seconds = sum(seconds for _, seconds, _ in batches).tolist()
-    return dict(zip(columns, masks, strict=True)), dict(zip(columns, seconds, strict=True))
-
-
-def collect_warnings(chains, masks, batches):
-    """What AutoAttack's own checks found, of sentences that differ in numbers alone the first. The check of Square,
-    whether it fooled many images that the other stages had left, needs the whole test set."""
-    sentences = [sentence for _, _, warnings in batches for sentence in warnings]
-    for (role, name), chain in chains.items():
-        if name == "aa":
-            from pyautoattack.checks import check_square_sr
-
-            accuracies = {column.attack: accuracy_row(masks[column][: chain[-1].n])["accuracy"] for column in chain}
-            with sanity_warnings() as found:
-                check_square_sr(accuracies, logger=LOGGER)
-            sentences += [f"{role}: AutoAttack: {sentence}" for sentence in found]
-    kinds = {}
-    for sentence in sentences:
-        kinds.setdefault(re.sub(r"\d+", "", sentence), sentence)
-    return list(kinds.values())
 
 
 # Files
@@ -570,10 +330,7 @@ def main(argv):
         **{name: getattr(args, name) for name in FLAGS},
         "test_images": images.sha256(),
     }
-    try:
-        report = json.loads(json.dumps(report))  # as it is read from a progress file
-    except (TypeError, ValueError):
-        raise UserError(f"{args.checkpoint} holds settings that are neither numbers nor text") from None
+    report = json.loads(json.dumps(report))  # as it is read from a progress file
     print(f"{args.checkpoint}: protocol {protocol_name}, {total} test images, seed {args.seed}")
 
     chains = plan_columns(networks, planned, total)

@@ -27,7 +27,8 @@ from matplotlib.figure import Figure
 from checkpoints import load_network, load_trained
 from cli import Parser, UserError, atomic_write, exit_status, in_range, parse_fraction, write_text
 from data import DATASETS, to_float
-from evaluate import ALL, attack_batch, load_test_images, wilson
+from evaluate import ALL, load_test_images, wilson
+from robustness import attack_batch
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow, which is too light for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

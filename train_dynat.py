@@ -29,9 +29,9 @@ import distributed
 from attacks import eval_mode, gaussian_start, linf_pgd, uniform_start
 from cli import Parser, Progress, UserError, exit_status, in_range, numerics, parse_fraction, provenance
 from data import DATASETS, check_classes, class_balanced_subset, hold_out, load_images, make_generator, train_batches
-from evaluate import still_correct
 from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
 from models import NAMES, build_model
+from robustness import still_correct
 from speed import Fast, memory_format, tf32, update_ema
 from variants import (
     at_awp,
@@ -222,9 +222,8 @@ def prepare_networks(settings, num_classes, device):
     layout = memory_format(device, settings["precision"])
     for role in ("target", "guide"):
         if role in settings:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(make_generator("cpu", settings["seed"], role).initial_seed())
-                model = build_model(settings[role], num_classes).to(device, memory_format=layout)
+            torch.manual_seed(make_generator("cpu", settings["seed"], role).initial_seed())
+            model = build_model(settings[role], num_classes).to(device, memory_format=layout)
             networks[role] = nn.SyncBatchNorm.convert_sync_batchnorm(model) if settings["sync_bn"] else model
     weights = [weight for model in networks.values() for weight in model.parameters()]
     sgd = {name: settings[name] for name in ("lr", "momentum", "weight_decay")}

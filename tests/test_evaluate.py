@@ -18,12 +18,13 @@ from torch import nn
 import checkpoints
 import cli
 import evaluate
+import robustness
 import train_dynat
 from attacks import uniform_start
 from cli import UserError
 from data import class_balanced_subset, load_images, make_generator, to_float
-from evaluate import Column
 from models import build_model
+from robustness import Column
 
 BUDGET = {"epsilon": 8 / 255, "step_size": 2 / 255}
 
@@ -66,7 +67,7 @@ class Changed(nn.Module):
 
 def masks_under(model, images, names, **settings):
     settings = {**BUDGET, "batch_size": 20, "seed": 0, **settings}
-    return {name: evaluate.still_correct(model, images, name, **settings) for name in names}
+    return {name: robustness.still_correct(model, images, name, **settings) for name in names}
 
 
 def test_accuracy_under_attack_is_below_clean_accuracy(model, images):
@@ -81,14 +82,14 @@ def check_stays_fooled(attack, model, images):
     x, y = to_float(images.x), images.y
     start = before = uniform_start(x, 8 / 255, make_generator("cpu", 0))
     for steps in (1, 2, 4):
-        fooled = ~evaluate.correct(model, before, y)
+        fooled = ~robustness.correct(model, before, y)
         after = attack(model, x, y, start, **BUDGET, steps=steps)
         assert fooled.any() and torch.equal(after[fooled], before[fooled])
         before = after
-    assert evaluate.correct(model, after, y).sum() < evaluate.correct(model, start, y).sum() - 5
+    assert robustness.correct(model, after, y).sum() < robustness.correct(model, start, y).sum() - 5
 
 
-@pytest.mark.parametrize("attack", [evaluate.pgd, evaluate.cw])
+@pytest.mark.parametrize("attack", [robustness.pgd, robustness.cw])
 def test_a_fooled_image_stays_fooled(attack, model, images):
     check_stays_fooled(attack, model, images)
 
@@ -96,10 +97,10 @@ def test_a_fooled_image_stays_fooled(attack, model, images):
 @pytest.mark.parametrize(
     ("attack", "old", "new"),
     [
-        (evaluate.pgd, "active=lambda z: z.argmax(1) == y", "active=None"),
-        (evaluate.cw, "active=lambda z: z.argmax(1) == y", "active=None"),
-        (evaluate.cw, "-margin(z, y)", "margin(z, y)"),
-        (evaluate.pgd, "F.cross_entropy(z, y,", "-F.cross_entropy(z, y,"),
+        (robustness.pgd, "active=lambda z: z.argmax(1) == y", "active=None"),
+        (robustness.cw, "active=lambda z: z.argmax(1) == y", "active=None"),
+        (robustness.cw, "-margin(z, y)", "margin(z, y)"),
+        (robustness.pgd, "F.cross_entropy(z, y,", "-F.cross_entropy(z, y,"),
     ],
 )
 def test_an_attack_that_moves_fooled_images_or_the_wrong_way_is_rejected(attack, old, new, model, images):
@@ -109,7 +110,7 @@ def test_an_attack_that_moves_fooled_images_or_the_wrong_way_is_rejected(attack,
 
 def test_fgsm_is_one_step_of_epsilon_uphill(model, images):
     x, y = to_float(images.x), images.y
-    x_adv = evaluate.fgsm(model, x, y, 8 / 255)
+    x_adv = robustness.fgsm(model, x, y, 8 / 255)
     assert torch.allclose((x_adv - x).abs()[(x > 0.1) & (x < 0.9)].median(), torch.tensor(8 / 255))
     assert F.cross_entropy(model(x_adv), y) > F.cross_entropy(model(x), y) + 0.1
 
@@ -117,14 +118,14 @@ def test_fgsm_is_one_step_of_epsilon_uphill(model, images):
 def test_starts_depend_on_seed_attack_and_index_alone(images):
     """They are the uniform starts of blocks of 32 images, whichever images are attacked, and fill the ball."""
     x, key = to_float(images.x), (0, "pgd20")
-    starts = evaluate.starts(x, torch.arange(40), 8 / 255, key)
+    starts = robustness.starts(x, torch.arange(40), 8 / 255, key)
     blocks = [torch.rand(32, 3, 32, 32, generator=make_generator("cpu", *key, block)) for block in (0, 1)]
     assert torch.equal(starts, (x + 8 / 255 * (2 * torch.cat(blocks)[:40] - 1)).clamp(0, 1))
     assert starts.is_contiguous(memory_format=torch.channels_last), "the memory format of x"
     for part in (slice(7, 9), slice(30, 40), [39, 2, 33, 0]):
-        assert torch.equal(evaluate.starts(x[part], torch.arange(40)[part], 8 / 255, key), starts[part])
+        assert torch.equal(robustness.starts(x[part], torch.arange(40)[part], 8 / 255, key), starts[part])
     for other in ((1, "pgd20"), (0, "pgd10")):
-        assert not torch.equal(evaluate.starts(x, torch.arange(40), 8 / 255, other), starts)
+        assert not torch.equal(robustness.starts(x, torch.arange(40), 8 / 255, other), starts)
     shift = starts - x
     assert F.pdist(shift.flatten(1)).min() > 0.1, "two images share a start"
     assert 7.9 / 255 < shift.abs().max() <= 8 / 255 + 1e-7
@@ -143,18 +144,18 @@ class Alone(nn.Module):
         return torch.cat([self.model(image) for image in x.split(1)])
 
 
-@pytest.mark.parametrize(("attack", "steps"), [(evaluate.pgd, 1), (evaluate.pgd, 4), (evaluate.cw, 3)])
+@pytest.mark.parametrize(("attack", "steps"), [(robustness.pgd, 1), (robustness.pgd, 4), (robustness.cw, 3)])
 def test_dropping_fooled_images_is_the_plain_attack_without_forwards_in_vain(attack, steps, model, images):
     x, y, alone = to_float(images.x), images.y, Alone(model)
     budget = {"epsilon": 8 / 255, "step_size": 1 / 255}
-    start = evaluate.starts(x, torch.arange(40), 8 / 255, (0, "any"))
+    start = robustness.starts(x, torch.arange(40), 8 / 255, (0, "any"))
     iterates = [attack(alone, x, y, start, **budget, steps=step) for step in range(steps + 1)]
-    correct = torch.stack([evaluate.correct(alone, x_adv, y) for x_adv in iterates])
+    correct = torch.stack([robustness.correct(alone, x_adv, y) for x_adv in iterates])
     alone.sizes.clear()
-    assert torch.equal(evaluate.drop_fooled(attack, alone, x, y, start, **budget, steps=steps), iterates[-1])
+    assert torch.equal(robustness.drop_fooled(attack, alone, x, y, start, **budget, steps=steps), iterates[-1])
     assert alone.sizes == [40, *correct.sum(1).tolist()][:steps]
     assert steps == 1 or len(set(alone.sizes)) > 2, "images are fooled in several steps"
-    never = evaluate.drop_fooled(attack, alone, x[~correct[0]], y[~correct[0]], start[~correct[0]], **budget, steps=9)
+    never = robustness.drop_fooled(attack, alone, x[~correct[0]], y[~correct[0]], start[~correct[0]], **budget, steps=9)
     assert torch.equal(never, start[~correct[0]]) and alone.sizes[-1] == int((~correct[0]).sum())
 
 
@@ -197,11 +198,11 @@ STRAYING = {
 @pytest.mark.parametrize("fault", STRAYING)
 def test_an_attack_that_leaves_its_bounds_stops_the_evaluation(fault, monkeypatch):
     extreme = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
-    attack = lambda: evaluate.attack_batch(None, "fgsm", extreme, None, torch.arange(2), **BUDGET, seed=0)
-    monkeypatch.setattr(evaluate, "fgsm", lambda model, x, y, epsilon: STRAYING[fault](x, epsilon))
+    attack = lambda: robustness.attack_batch(None, "fgsm", extreme, None, torch.arange(2), **BUDGET, seed=0)
+    monkeypatch.setattr(robustness, "fgsm", lambda model, x, y, epsilon: STRAYING[fault](x, epsilon))
     with pytest.raises(UserError, match="fgsm left the epsilon ball"):
         attack()
-    monkeypatch.setattr(evaluate, "fgsm", lambda model, x, y, epsilon: x)
+    monkeypatch.setattr(robustness, "fgsm", lambda model, x, y, epsilon: x)
     assert torch.equal(attack(), extreme)
 
 
@@ -234,7 +235,7 @@ def test_auto_attack_is_its_authors_standard_version(classes, targets, monkeypat
     monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", record)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
     x, y = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
-    assert torch.equal(evaluate.auto_attack(model, "fab-t", x, y, epsilon=0.1, seed=5), x)
+    assert torch.equal(robustness.auto_attack(model, "fab-t", x, y, epsilon=0.1, seed=5), x)
     assert seen == [targets, targets]
 
 
@@ -246,9 +247,9 @@ def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(st
     x = torch.rand(8, 3, 4, 4).to(memory_format=torch.channels_last)
     y, indices = model(x).argmax(1), torch.arange(8)
     random_state, trace = torch.get_rng_state(), sys.gettrace()
-    draw = lambda seed: evaluate.attack_batch(model, stage, x, y, indices, epsilon=epsilon, step_size=0, seed=seed)
+    draw = lambda seed: robustness.attack_batch(model, stage, x, y, indices, epsilon=epsilon, step_size=0, seed=seed)
     x_adv = draw(0)
-    fooled = ~evaluate.correct(model, x_adv, y)
+    fooled = ~robustness.correct(model, x_adv, y)
     assert fooled.sum() >= 4 and torch.equal(x_adv[~fooled], x[~fooled])
     assert torch.equal(x_adv, draw(0)) and torch.equal(torch.get_rng_state(), random_state)
     assert sys.gettrace() is trace, "the package's own trace stays"
@@ -257,8 +258,10 @@ def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(st
 
 
 def rows_of(model, images, attacks):
-    chains = evaluate.plan_columns(["target"], attacks, len(images.y))
-    found = evaluate.attack_columns({"target": model}, chains, images, torch.arange(len(images.y)), step_size=0, seed=0)
+    chains = robustness.plan_columns(["target"], attacks, len(images.y))
+    found = robustness.attack_columns(
+        {"target": model}, chains, images, torch.arange(len(images.y)), step_size=0, seed=0
+    )
     return chains, evaluate.to_tensors(found, (len(images.y), len(found["seconds"])))
 
 
@@ -289,12 +292,12 @@ def test_what_auto_attacks_own_checks_find_is_heard(name, model, images, monkeyp
 
 def test_the_check_of_square_sees_the_whole_test_set():
     """Four batches of 250; Square fools two images of the first and none of the others: not 0.2 %. With three it is."""
-    chain = [Column("target", attack, 0.1, 1000) for attack in ("clean", *evaluate.STAGES)]
+    chain = [Column("target", attack, 0.1, 1000) for attack in ("clean", *robustness.STAGES)]
     for fooled, heard in ((2, False), (3, True)):
         masks = {column: torch.arange(1000) < 500 for column in chain[:-1]}
         masks[chain[-1]] = (torch.arange(1000) < 500) & (torch.arange(1000) >= fooled)
         batches = [(None, None, ["target: there are 3 points!"]), (None, None, ["target: there are 4 points!"])]
-        points, *square = evaluate.collect_warnings({("target", "aa"): chain}, masks, batches)
+        points, *square = robustness.collect_warnings({("target", "aa"): chain}, masks, batches)
         assert points == "target: there are 3 points!" and len(square) == heard
         assert all("target: AutoAttack: Square Attack has decreased" in sentence for sentence in square)
 
@@ -313,9 +316,9 @@ def fake_auto_attack(monkeypatch, batch=math.inf, accident=None):
         calls.append((stage, x.numpy().tobytes(), seed))
         start = uniform_start(x, epsilon, make_generator("cpu", seed))
         step_size = epsilon * {"apgd-ce": 0.1, "apgd-t": 0.3, "fab-t": 0.5, "square": 0}[stage]
-        return evaluate.cw(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=1)
+        return robustness.cw(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=1)
 
-    monkeypatch.setattr(evaluate, "auto_attack", attack)
+    monkeypatch.setattr(robustness, "auto_attack", attack)
     return calls
 
 
@@ -325,7 +328,7 @@ def test_only_images_that_are_still_correct_are_attacked_and_stages_are_shared(m
     attacks = {"pgd2": (40, 8 / 255), "apgd": (40, 8 / 255), "aa": (40, 8 / 255), "aa-fast": (25, 0.031)}
     chains, (rows, seconds, _) = rows_of(model, images, attacks)
     columns = list(dict.fromkeys(column for chain in chains.values() for column in chain))
-    assert [column.attack for column in columns] == ["clean", "pgd2", *evaluate.STAGES, "apgd-ce", "apgd-t"]
+    assert [column.attack for column in columns] == ["clean", "pgd2", *robustness.STAGES, "apgd-ce", "apgd-t"]
     masks = dict(zip(columns, rows.T, strict=True))
     assert chains["target", "apgd"][-1] == chains["target", "aa"][1] and (seconds >= 0).all()
     x = to_float(images.x)
@@ -333,7 +336,7 @@ def test_only_images_that_are_still_correct_are_attacked_and_stages_are_shared(m
     for chain in chains.values():
         for before, column in pairwise(chain):
             assert not (masks[column] & ~masks[before]).any() and not masks[column][column.n :].any()
-            if column.attack in evaluate.STAGES:
+            if column.attack in robustness.STAGES:
                 call = (column.attack, x[masks[before] & (torch.arange(40) < column.n)].numpy().tobytes())
                 attacked += [call] if call not in attacked else []
     assert [call[:2] for call in calls] == attacked
@@ -554,7 +557,7 @@ def test_an_interrupted_evaluation_resumes_to_the_same_figures(run, tmp_path, in
     assert sorted(os.listdir(tmp_path)) == ["cut.json", "cut.npz", "whole.json", "whole.npz"], "litter"
     report = json.loads(whole.read_text())
     stages = report["results"][-1]["stages"]
-    assert [stage["attack"] for stage in stages] == ["clean", *evaluate.STAGES] and report["pyautoattack"]
+    assert [stage["attack"] for stage in stages] == ["clean", *robustness.STAGES] and report["pyautoattack"]
     assert [stage["attacked"] for stage in stages[1:]] == [stage["correct"] for stage in stages[:-1]]
     described = {"attack": "apgd-t", "steps": 100, "restarts": 1, "targets": 9}
     assert {name: stages[2][name] for name in described} == described

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import assert_close, assert_state, golden_cases, golden_files, joint_sgd, mutant, step_arguments, tiny_net
 
-import evaluate
+import robustness
 from attacks import counting_pgd, eval_mode, linf_pgd, weight_perturbation
 from losses import gairat_weights, kl_divergence, logit_mse, mail_weights, mart_loss, probability_gap, trades_loss
 from train_dynat import METHODS
@@ -369,12 +369,12 @@ def check_evaluation_attack(file, name, attack):
     case = golden_cases(file)[name]
     target, x, y = tiny_net(case["target_before"]).eval(), case["x"], case["y"]
     x_adv = attack(target, x, y, case["x_init"], **budget(case["hp"]))
-    assert torch.equal(evaluate.correct(target, x, y), case["correct_clean"])
+    assert torch.equal(robustness.correct(target, x, y), case["correct_clean"])
     assert_close(x_adv, case["x_adv"], 1e-12, "x_adv")
-    assert torch.equal(evaluate.correct(target, x_adv, y), case["correct_adv"])
+    assert torch.equal(robustness.correct(target, x_adv, y), case["correct_adv"])
 
 
-EVALUATION_ATTACKS = {"eval_pgd10": evaluate.pgd, "eval_pgd20": evaluate.pgd, "eval_cw20": evaluate.cw}
+EVALUATION_ATTACKS = {"eval_pgd10": robustness.pgd, "eval_pgd20": robustness.pgd, "eval_cw20": robustness.cw}
 
 
 @each_file
@@ -387,7 +387,7 @@ def test_the_evaluation_attack_agrees_with_the_release(file, name):
 def test_an_evaluation_that_moves_fooled_images_or_has_the_others_objective_is_rejected(name):
     attack = EVALUATION_ATTACKS[name]
     moves_fooled = mutant(attack, ("active=lambda z: z.argmax(1) == y", "active=None"))
-    other = evaluate.pgd if attack is evaluate.cw else evaluate.cw
+    other = robustness.pgd if attack is robustness.cw else robustness.cw
     for broken in (moves_fooled, other):
         with pytest.raises(AssertionError, match="differs"):
             check_evaluation_attack(golden_files()[0], name, broken)
