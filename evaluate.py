@@ -187,13 +187,6 @@ def to_tensors(batch, shape):
     return rows, seconds, [sentence.strip() for sentence in batch["warnings"]]
 
 
-def check_unused(outputs):
-    """Raises UserError if one of these files is there: figures are never overwritten."""
-    for path in outputs:
-        if path.exists():
-            raise UserError(f"{path} exists already: choose another --json, or delete it")
-
-
 def load_test_images(args, content):
     """(the test images, their indices in the test set): all, or a class-balanced subset of `args.images` images, drawn
     from `args.seed`.
@@ -300,8 +293,6 @@ def main(argv):
     outputs = [args.json, args.json.with_suffix(".npz")] if args.json else []
     beside = args.json or args.checkpoint
     progress_file = beside.with_name(beside.name + ".progress")
-    if not (args.resume and progress_file.exists()):
-        check_unused(outputs)
 
     device = pick_device(args.device)
     content, sha256 = checkpoints.load_trained(args.checkpoint, args.target, args.dataset)
@@ -337,8 +328,9 @@ def main(argv):
     parts = torch.arange(total).split(args.batch_size)
     shapes = [(len(part), len({column for chain in chains.values() for column in chain})) for part in parts]
     with open_progress(progress_file, report, shapes, args.resume) as (batches, append):
-        if len(batches) < len(parts):
-            check_unused(outputs)
+        for path in outputs:
+            if path.exists() and len(batches) < len(parts):
+                raise UserError(f"{path} exists already: choose another --json, or delete it")
         done = sum(len(part) for part in parts[: len(batches)])
         try:
             with Progress(total, done) as bar:

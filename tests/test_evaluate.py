@@ -167,6 +167,10 @@ def test_still_correct_depends_on_neither_batch_size_nor_selection(name, model, 
     assert torch.equal(mask, judge(batch_size=7))
     assert torch.equal(mask[indices], judge(batch_size=2, indices=indices))
     assert judge(indices=indices[:0]).shape == (0,)
+    if name in ("pgd4", "cw"):  # with steps of 0 an attack ends where it starts
+        x, budget = to_float(images.x), {"epsilon": 8 / 255, "step_size": 0, "seed": 3}
+        x_adv = robustness.attack_batch(model, name, x, images.y, torch.arange(40), **budget)
+        assert torch.equal(x_adv, robustness.starts(x, torch.arange(40), 8 / 255, (3, name)))
 
 
 def test_attacks_run_in_eval_mode_and_leave_the_network_untouched(model, images):
@@ -241,20 +245,23 @@ def test_auto_attack_is_its_authors_standard_version(classes, targets, monkeypat
 
 # Square ends early where it fools every image, which takes a larger ball.
 @pytest.mark.parametrize(("stage", "epsilon"), [("apgd-ce", 0.1), ("apgd-t", 0.1), ("fab-t", 0.1), ("square", 0.4)])
-def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(stage, epsilon):
+def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(stage, epsilon, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4)).eval().requires_grad_(False)
     x = torch.rand(8, 3, 4, 4).to(memory_format=torch.channels_last)
     y, indices = model(x).argmax(1), torch.arange(8)
-    random_state, trace = torch.get_rng_state(), sys.gettrace()
-    draw = lambda seed: robustness.attack_batch(model, stage, x, y, indices, epsilon=epsilon, step_size=0, seed=seed)
-    x_adv = draw(0)
+    random_state, budget = torch.get_rng_state(), {"epsilon": epsilon, "step_size": 0}
+    draw = lambda seed, first=0: robustness.attack_batch(model, stage, x, y, indices + first, **budget, seed=seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "gettrace", lambda: "a debugger's")
+        patch.setattr(sys, "settrace", Mock())
+        x_adv = draw(0)
+        assert sys.settrace.call_args.args == ("a debugger's",), "the package ended its trace"
     fooled = ~robustness.correct(model, x_adv, y)
     assert fooled.sum() >= 4 and torch.equal(x_adv[~fooled], x[~fooled])
     assert torch.equal(x_adv, draw(0)) and torch.equal(torch.get_rng_state(), random_state)
-    assert sys.gettrace() is trace, "the package's own trace stays"
     if stage != "fab-t":  # whose one restart is no random one
-        assert not torch.equal(x_adv, draw(1))
+        assert not torch.equal(x_adv, draw(1)) and not torch.equal(x_adv, draw(0, first=8))
 
 
 def rows_of(model, images, attacks):
@@ -446,6 +453,13 @@ def test_the_command_line_prints_and_writes_the_same_figures(run, images, model,
     assert max(map(len, out[1:])) < 100 and sorted(os.listdir(tmp_path)) == ["figures.json", "figures.npz"]
 
 
+def test_an_evaluation_without_json_leaves_no_file(run, capsys):
+    before = sorted(os.listdir(run))
+    status, out, err = evaluated(capsys, run / "last.pt", "--attacks", "clean,pgd1", "--images", 20)
+    assert (status, err) == (0, []) and any(line.split()[:2] == ["target", "pgd1"] for line in out)
+    assert sorted(os.listdir(run)) == before
+
+
 def test_every_form_of_weights_is_attacked_as_itself(run, tmp_path, capsys):
     """The run's own, its average, the bare weights, and weights behind a normalisation."""
     content, test_set = checkpoints.load(run / "last.pt"), load_images("tiny", "test")
@@ -594,7 +608,9 @@ DAMAGE = {
     "another kind of head": lambda head, batch: f'{{"evaluation": []}}\n{batch}\n',
     "deep nesting": lambda head, batch: f"{head}\n{'[' * 100_000}\n",
     "another list": lambda head, batch: f"{head}\n[1, 2]\n",
-    "too many batches": lambda head, batch: f"{head}\n{batch}\n{batch}\n{batch}\n{batch}\n",
+    "too many batches": lambda head, batch: (
+        f"{head}\n{batch}\n{edited(rows=lambda rows: rows[:8])(batch, batch)}{batch}\n"
+    ),
     "an image less": edited(rows=lambda rows: rows[1:]),
     "a column less": edited(rows=lambda rows: [row[1:] for row in rows]),
     "ragged rows": edited(rows=lambda rows: [rows[0] + "1", *rows[1:]]),
