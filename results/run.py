@@ -51,8 +51,7 @@ PLANS = {  # (flags of all rows, which flags after -- override; flags that set e
 
 
 def evaluations(plan, flags):
-    """How a row is attacked: {name of the evaluation: checkpoint and flags}. AutoAttack takes by far the longest: it
-    attacks 1,000 images of the rows that the claims compare, for one seed."""
+    """How a row is attacked: {name of the evaluation: checkpoint and flags}."""
     method = flags.split()[1]
     if plan == "paper":
         return {"last": "last.pt --protocol paper --attacks clean,pgd10,pgd20,pgd50,pgd100,apgd,cw,aa"}
@@ -61,6 +60,7 @@ def evaluations(plan, flags):
     last = "last.pt --attacks clean,pgd20,cw"
     if plan == "tiny" and "guide" in METHODS[method]["training"]:
         last += " --network target,guide"
+    # AutoAttack takes by far the longest: only the rows that a question compares, for one seed.
     compared = ("pgd-at", "trades", "gairat", "mail", "dynat-inner-gairat", "dynat-inner-mail")
     if (plan == "labels" and "--seed 1" in flags) or (plan == "methods" and method in compared):
         return {"last": last, "aa": "last.pt --attacks aa --images 1000"}
