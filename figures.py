@@ -48,7 +48,6 @@ UNDATED = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  
 ATTACKS = {"clean": "Clean", "fgsm": "FGSM", "pgd10": "PGD-10", "pgd20": "PGD-20", "pgd50": "PGD-50",
            "pgd100": "PGD-100", "apgd": "APGD", "cw": "C&W", "aa-fast": "AA-fast", "aa": "AA",
            "all": "All"}  # fmt: skip
-
 in_order = lambda attacks: sorted(attacks, key=lambda attack: ([*ATTACKS, attack].index(attack), attack))
 thousands = lambda numbers: " / ".join(f"{n:,}" for n in sorted(set(numbers)))
 
@@ -317,7 +316,7 @@ def attacked_images(args):
     x, settings = to_float(images.x), content["settings"]
     budget = {name: getattr(args, name) for name in ("epsilon", "step_size", "seed")}
     x_adv = attack_batch(model, args.attack, x, images.y, indices, **budget)
-    short = [fill(name, 12, max_lines=2, placeholder="…") for name in images.classes]
+    short = [fill(name.replace("_", " "), 10, max_lines=2, placeholder="…") for name in images.classes]
     figure = Figure(figsize=(0.9 + 1.05 * len(x), 5.2), layout="constrained")
     rows = [("clean", x), ("perturbation", 0.5 + (x_adv - x) / (2 * args.epsilon)), ("attacked", x_adv)]
     for axes, (name, pictures) in zip(figure.subplots(3, len(x)), rows, strict=True):
@@ -329,7 +328,7 @@ def attacked_images(args):
             ax.spines[:].set_visible(False)
             if name in ("clean", "attacked"):
                 mark, look = ("✓", {"color": "C0"}) if p.argmax() == y else ("✗", {"color": "C1", "weight": "bold"})
-                ax.set_xlabel(f"{mark} {short[p.argmax()]}\n{100 * p.max():.0f} %", **look)
+                ax.set_xlabel(f"{short[p.argmax()]}\n{mark} {100 * p.max():.0f} %", **look)
     attack = f"{ATTACKS.get(args.attack, args.attack)}, ε = {pixel_units(args.epsilon)}"
     figure.suptitle(f"{method_name(settings, 'weights')}, target {settings['target']}: {attack}\n{len(x)} test images")
     return figure

@@ -115,14 +115,13 @@ def measure(commands, run_dir, kept, typed):
 @exit_status
 def main(argv):
     cut = argv.index("--") if "--" in argv else len(argv)
-    typed = argv[cut + 1 :]
     p = Parser(prog="results/run.py", description=__doc__)
     p.add_argument("plan", choices=PLANS)
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these, called as their folders")
     p.add_argument("--out", default="results", metavar="DIR", help="default: results")
     p.add_argument("--dataset-name", metavar="NAME", help="what the page calls the data set, as 'CIFAR-10, JPEG copy'")
     p.add_argument("--list", action="store_true", help="print the commands, run none")
-    args = p.parse_args(argv[:cut])
+    args, typed = p.parse_args(argv[:cut]), argv[cut + 1 :]
     folder, runs = ROOT / args.out / args.plan, f"runs/{Path(args.out).name}/{args.plan}"
     names = {"-".join(word.lstrip("-") for word in flags.split()[1:]): flags for flags in PLANS[args.plan][1]}
     if unknown := set(args.rows or names) - names.keys():
