@@ -241,7 +241,7 @@ def load_trained(path, target=None, dataset=None):
 def load_network(content, role, path, num_classes, memory_format=torch.channels_last):
     """The `role`, target or guide, of what `load_trained` found, frozen and in eval mode. Raises UserError if it does
     not fit."""
-    if role not in content or missing_keys(content["settings"], {role: str}):
+    if missing_keys(content, {role: dict}) or missing_keys(content["settings"], {role: str}):
         raise UserError(f"{path} holds no {role}")
     try:
         model = build_model(content["settings"][role], num_classes)
