@@ -24,6 +24,7 @@ from cli import UserError, first_line
 
 DATASETS = ("cifar10", "cifar100", "folder", "tiny")
 SIDE = 32  # pixels
+TINY_SIZE = {"train": 3000, "test": 1000}  # images
 
 
 class Images(NamedTuple):
@@ -60,11 +61,8 @@ def to_float(x, memory_format=torch.channels_last):
 
 
 def crop_and_flip(x, top, left, flip):
-    """Zero-pads uint8 images (B, 3, 32, 32) by 4, crops 32x32 at (top, left), each (B,) in 0..8, and mirrors where
-    flip (B,).
-
-    The releases' RandomCrop(32, padding=4) and RandomHorizontalFlip, per image, on the images' device.
-    """
+    """The releases' RandomCrop(32, padding=4) and RandomHorizontalFlip, per image: zero-pads uint8 images
+    (B, 3, 32, 32) by 4, crops 32x32 at (top, left), each (B,) in 0..8, and mirrors where flip (B,)."""
     batch, _, height, width = x.shape
     padded = F.pad(x, (4, 4, 4, 4))
     columns = torch.arange(width, device=x.device).expand(batch, width)
@@ -78,8 +76,7 @@ def crop_and_flip(x, top, left, flip):
 def train_batches(images, batch_size, seed, epoch, memory_format=torch.channels_last):
     """One epoch: every image once, in an order drawn from (seed, epoch). The last, smaller batch is kept.
 
-    Yields x (B, 3, 32, 32) in [0, 1], cropped and flipped, y (B,), and the step's generator, from which the caller
-    draws what else this step needs.
+    Yields x (B, 3, 32, 32) in [0, 1], cropped and flipped, y (B,), and the generator of the step's other draws.
     """
     device = images.x.device
     order = torch.randperm(len(images.y), generator=make_generator("cpu", seed, "order", epoch)).to(device)
@@ -92,7 +89,7 @@ def train_batches(images, batch_size, seed, epoch, memory_format=torch.channels_
 
 
 def _class_balanced_mask(images, count, seed):
-    """(N,) bool: `count` of the images, drawn from `seed`, with class sizes as equal as can be."""
+    """(N,) bool: which images are the class-balanced subset."""
     total = len(images.y)
     if count > total:
         raise UserError(f"{count} images are asked for, but there are only {total}")
@@ -100,10 +97,7 @@ def _class_balanced_mask(images, count, seed):
     shuffled = torch.randperm(total, generator=generator)
     class_order = torch.randperm(len(images.classes), generator=generator)
     y = images.y.cpu()[shuffled]
-    rank = torch.empty(total, dtype=torch.int64)  # how many images of its class come before it
-    for label in range(len(images.classes)):
-        members = y == label
-        rank[members] = torch.arange(int(members.sum()))
+    rank = F.one_hot(y, len(images.classes)).cumsum(0)[torch.arange(total), y]  # among the images of its class
     round_robin = torch.argsort(rank * len(images.classes) + class_order[y], stable=True)
     mask = torch.zeros(total, dtype=torch.bool)
     mask[shuffled[round_robin[:count]]] = True
@@ -111,10 +105,8 @@ def _class_balanced_mask(images, count, seed):
 
 
 def class_balanced_subset(images, count, seed):
-    """`count` of the images, drawn from `seed`, with class sizes as equal as can be, in the set's own order.
-
-    Raises UserError if there are fewer images.
-    """
+    """`count` of the images, drawn from `seed`, with class sizes as equal as can be, in the set's own order. Raises
+    UserError if there are fewer images."""
     return images.select(_class_balanced_mask(images, count, seed))
 
 
@@ -128,12 +120,11 @@ def hold_out(images, count, seed):
 
 def check_classes(expected, found, source):
     """Raises UserError unless both lists of class names are equal; `source` says what has the expected ones."""
-    if expected == found:
-        return
     if len(expected) != len(found):
         raise UserError(f"{source} has {len(expected)} classes, but these images have {len(found)}")
-    before, now = next((a, b) for a, b in zip(expected, found, strict=True) if a != b)
-    raise UserError(f"{source} has other classes: '{before}' there is '{now}' here")
+    for before, now in zip(expected, found, strict=True):
+        if before != now:
+            raise UserError(f"{source} has other classes: '{before}' there is '{now}' here")
 
 
 def load_images(dataset, split, data_dir=None):
@@ -142,9 +133,7 @@ def load_images(dataset, split, data_dir=None):
         raise UserError(f"unknown data set '{dataset}': choose from {', '.join(DATASETS)}")
     if dataset == "tiny":
         return tiny(split)
-    if dataset == "folder":
-        return folder(data_dir, split)
-    return cifar(dataset, split, data_dir)
+    return folder(data_dir, split) if dataset == "folder" else cifar(dataset, split, data_dir)
 
 
 def cifar(dataset, split, data_dir):
@@ -163,8 +152,7 @@ def cifar(dataset, split, data_dir):
 
 
 def folder(data_dir, split):
-    """A person's own images, `data_dir`/`split`/<class>/*, in any format that Pillow reads, classes in alphabetical
-    order.
+    """A person's own images, `data_dir`/`split`/<class>/*, in any format that Pillow reads; classes are sorted by name.
 
     An image is rotated as its camera says, cut to its centre square, resized to 32x32 and made RGB. The decoded set is
     kept in `data_dir`/.decoded and read from there until a file's name, size or time changes.
@@ -203,7 +191,11 @@ def folder(data_dir, split):
         if transparent := sum(has_alpha for _, has_alpha in decoded):
             print(f"note: {transparent} images below {root} store transparency: it is ignored", file=sys.stderr)
         x = torch.stack([image for image, _ in decoded])
-        _keep(cache, stamp.hexdigest(), x)
+        try:
+            cache.parent.mkdir(exist_ok=True)
+            checkpoints.save(cache, {"stamp": stamp.hexdigest(), "x": x})
+        except (UserError, OSError):
+            print(f"note: {cache.parent} cannot be written, so the images are decoded at every start", file=sys.stderr)
     return Images(x, torch.tensor(labels), classes)
 
 
@@ -235,17 +227,6 @@ def _cached(cache, stamp, count):
             if isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.shape == (count, 3, SIDE, SIDE):
                 return x
     return None
-
-
-def _keep(cache, stamp, x):
-    try:
-        cache.parent.mkdir(exist_ok=True)
-        checkpoints.save(cache, {"stamp": stamp, "x": x})
-    except (UserError, OSError):
-        print(f"note: {cache.parent} cannot be written, so the images are decoded at every start", file=sys.stderr)
-
-
-TINY_SIZE = {"train": 3000, "test": 1000}
 
 
 def tiny(split):

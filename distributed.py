@@ -1,8 +1,7 @@
 """Several processes under torchrun: each rank has a shard of every batch and its own copy of the networks.
 
 torch documents that DistributedDataParallel does not support `autograd.grad`, which attacks use. So gradients are
-all-reduced here, once per update, before `optimizer.step()`. In a single process every function here does nothing, or
-the obvious.
+all-reduced here, once per update, before `optimizer.step()`. In a single process nothing is exchanged.
 """
 
 import os
@@ -17,10 +16,7 @@ from cli import UserError, pick_device, under_torchrun
 @contextmanager
 def process_group(name):
     """This process's device; without a `name` a GPU if there is one. Under torchrun the ranks are connected inside the
-    `with` (gloo between CPUs, NCCL between GPUs), and only rank 0 prints.
-
-    Raises UserError if the device `name` cannot be used.
-    """
+    `with` (gloo between CPUs, NCCL between GPUs), and only rank 0 prints. Raises UserError if `name` cannot be used."""
     if not under_torchrun():
         device = pick_device(name)
         if name is None and device.type == "cpu":
@@ -69,8 +65,7 @@ def check_batch_size(images, batch_size):
 
 
 def all_reduce(*tensors):
-    """The sum of each tensor over all ranks, in one exchange: new tensors of the same shapes. In a single process the
-    tensors themselves."""
+    """The sum of each tensor over all ranks, in one exchange. In a single process the tensors themselves."""
     if world_size() == 1:
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -80,8 +75,7 @@ def all_reduce(*tensors):
 
 
 def on_every_rank(function, turn=True):
-    """`function()` on the ranks whose `turn` it is, None on the others. A mistake on one rank is raised on all, so that
-    no rank waits for another in vain."""
+    """`function()` on the ranks whose `turn` it is, else None. All raise the mistake of any, so none waits in vain."""
     if world_size() == 1:
         return function()
     result, mistake = None, None
@@ -118,8 +112,7 @@ class GradientReducer:
     """Makes `optimizer.step()` use the gradient of the mean loss over the whole batch.
 
     Each rank's gradient is of the mean over its own shard. Before each step they are added up, each times `weight`, the
-    rank's share of the batch, which the training loop sets. In a single process nothing happens.
-    """
+    rank's share of the batch, which the training loop sets."""
 
     def __init__(self, optimizer):
         self.weight = 1.0
@@ -136,9 +129,7 @@ class GradientReducer:
 def average_buffers(networks):
     """BatchNorm normalises with each rank's own statistics, as under DataParallel in the releases. After each update
     its running statistics become their mean over the ranks, so that all ranks keep the same networks."""
-    if world_size() == 1:
-        return
     buffers = [b for model in networks.values() for b in model.buffers() if b.is_floating_point()]
-    if buffers:
+    if world_size() > 1 and buffers:
         for buffer, total in zip(buffers, all_reduce(*buffers), strict=True):
             buffer.copy_(total / world_size())
