@@ -1,5 +1,4 @@
-"""Attacks a trained network: accuracy on clean images and under FGSM, PGD-K, C&W and AutoAttack, each with its 95 %
-interval.
+"""Attacks a trained network: accuracy on clean images and under FGSM, PGD-K, C&W and AutoAttack, with 95 % intervals.
 
     python evaluate.py runs/dynat-cifar10-wrn34-10-s1/last.pt --attacks clean,pgd10,pgd20,pgd50,cw,aa
 
@@ -87,10 +86,8 @@ def result_row(role, name, chain, masks, seconds, step_size, num_classes):
 
 
 def worst_case(rows, masks):
-    """Accuracy over attacks of equal network, epsilon and images: an image counts if it is correct under each.
-
-    A row of the JSON and a mask (n,) bool per attack; returns a dict for each group of several attacks.
-    """
+    """Accuracy over attacks of equal network, epsilon and images: an image counts if it is correct under each. A row of
+    the JSON and a mask (n,) bool per attack; returns a dict for each group of several attacks."""
     groups = {}
     for row, mask in zip(rows, masks, strict=True):
         if "epsilon" in row:  # a clean mistake counts as one under every attack already
@@ -109,9 +106,8 @@ def table(rows, cells):
     lines = ["network  attack      accuracy     95 % interval           n  epsilon   seconds"]
     for row in [*rows, *({"attack": "worst case", **cell} for cell in cells)]:
         low, high = row["interval"]
-        line = (
-            f"{row['network']:7}  {row['attack']:10}  {row['accuracy']:8.2%}  {low:7.2%} to {high:7.2%}  {row['n']:6}"
-        )
+        line = f"{row['network']:7}  {row['attack']:10}  {row['accuracy']:8.2%}  {low:7.2%} to {high:7.2%}"
+        line += f"  {row['n']:6}"
         for name, digits in (("epsilon", 5), ("seconds", 1)):
             line += f"  {row[name]:8.{digits}f}" if name in row else " " * 10
         lines.append(line.rstrip())
@@ -192,8 +188,7 @@ def load_test_images(args, content):
     from `args.seed`.
 
     They are those of the run, whose checkpoint is `content`, unless `args.dataset` and `args.data_dir` say otherwise.
-    Raises UserError if their classes are not those that the network was trained on.
-    """
+    Raises UserError if their classes are not those that the network was trained on."""
     trained_on = content["settings"].get("dataset")
     dataset, data_dir = args.dataset or trained_on, args.data_dir
     if data_dir is None and dataset == trained_on:
@@ -304,11 +299,9 @@ def main(argv):
         content["target"] = content["ema"]
     images, indices = load_test_images(args, content)
     images, total, num_classes = images.to(device), len(images.y), len(images.classes)
-    networks = {
-        role: checkpoints.load_network(content, role, args.checkpoint, num_classes, memory_format(device, "fp32"))
-        for role in args.network.split(",")
-    }
-    networks = {role: model.to(device) for role, model in networks.items()}
+    networks, layout = {}, memory_format(device, "fp32")
+    for role in args.network.split(","):
+        networks[role] = checkpoints.load_network(content, role, args.checkpoint, num_classes, layout).to(device)
     protocol_name, planned = protocol(args, total)
     report = {
         "command": shlex.join(["python", "evaluate.py", *argv]),
@@ -339,8 +332,8 @@ def main(argv):
                     done += len(part)
                     masks, _ = matrix_of(chains, batches)
                     means = [masks[chain[-1]][: chain[-1].n].double().mean() for chain in chains.values()]
-                    names = [" ".join(key) for key in chains]
-                    bar.update(len(part), "  ".join(f"{n} {m:.1%}" for n, m in zip(names, means, strict=True)))
+                    shown = [f"{' '.join(key)} {mean:.1%}" for key, mean in zip(chains, means, strict=True)]
+                    bar.update(len(part), "  ".join(shown))
             masks, seconds = matrix_of(chains, batches)
             report["warnings"] = collect_warnings(chains, masks, batches)
             report["results"] = [

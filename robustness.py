@@ -1,8 +1,7 @@
 """Which test images a network still classifies correctly under each attack: the evaluation's attacks, and the matrix.
 
-fgsm, pgdK and cw are the evaluations of the paper's tables (auto_attack_eval1.py in its release). AutoAttack's stages
-are run by the package pyautoattack. The matrix is boolean, images by columns; a column is an attack, or a stage of
-AutoAttack, on a network.
+The matrix is boolean, images by columns. A column is an attack, or a stage of AutoAttack, on a network; the package
+pyautoattack runs these stages.
 """
 
 import logging
@@ -22,11 +21,10 @@ from speed import memory_format
 
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")  # of AutoAttack
 AUTO_ATTACK = {"apgd": STAGES[:1], "aa-fast": STAGES[:2], "aa": STAGES}
-CW_STEPS = 20
 TARGETS = 9  # classes that apgd-t and fab-t aim at, if there are so many others
 SETTINGS = {  # what is fixed and reported; the steps of pgd are in its name
     "fgsm": {"steps": 1},
-    "cw": {"steps": CW_STEPS, "restarts": 1, "kappa": 0},
+    "cw": {"steps": 20, "restarts": 1, "kappa": 0},
     "apgd-ce": {"steps": 100, "restarts": 1},
     "apgd-t": {"steps": 100, "restarts": 1, "targets": TARGETS},
     "fab-t": {"steps": 100, "restarts": 1, "targets": TARGETS},
@@ -36,13 +34,9 @@ BLOCK = 32  # consecutive test images whose starts are drawn together: a generat
 LOGGER = logging.getLogger("auto-attack")  # of the package pyautoattack
 
 
-# Attacks
-
-
 @torch.no_grad()
 def correct(model, x, y):
-    """Whether argmax model(x) = y. Images (B, 3, H, W), y (B,); returns (B,) bool. Raises UserError if a logit is not
-    finite."""
+    """Whether argmax model(x) = y, (B,) bool, for images (B, 3, H, W). Raises UserError if a logit is not finite."""
     logits = model(x)  # (B, C)
     if not logits.isfinite().all():
         raise UserError("the network's logits are not finite: its weights are damaged")
@@ -74,9 +68,7 @@ def cw(model, x, y, start, **budget):
 
 def drop_fooled(attack, model, x, y, start, *, steps, **budget):
     """What `attack`, pgd or cw, makes of a batch, but for rounding: an image that is fooled leaves the batch at once.
-
-    Images and start (B, 3, H, W) in [0, 1], y (B,); `budget` is epsilon and step_size; returns x_adv.
-    """
+    Arguments as of `pgd`."""
     x_adv = start.clone()
     active = torch.arange(len(y), device=x.device)
     for _ in range(steps):
@@ -135,42 +127,33 @@ def sanity_warnings():
         LOGGER.removeHandler(handler)
 
 
-def checked(name, x, x_adv, epsilon, slack=0.0):
-    """x_adv, if all of it lies in the epsilon ball of x and in [0, 1] and is finite; else raises UserError."""
-    allowed = (x_adv >= x - epsilon - slack) & (x_adv <= x + epsilon + slack) & (x_adv >= 0) & (x_adv <= 1)
+def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
+    """The images that attack `name`, or a stage of AutoAttack, makes of x (B, 3, H, W) in [0, 1], with labels y (B,).
+
+    All randomness comes from the images' `indices` in the test set, (B,) on the CPU, `name` and `seed`. Raises
+    UserError if an image leaves the epsilon ball or [0, 1] or is not finite."""
+    if name == "clean":
+        return x
+    radius = epsilon
+    if name in STAGES:
+        radius += 1e-6  # FAB measures |x_adv - x|, which rounds
+        generator = make_generator("cpu", seed, name, int(indices[0]))
+        x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=generator.initial_seed())
+    elif name == "fgsm":
+        x_adv = fgsm(model, x, y, epsilon)
+    else:
+        attack, steps = (cw, SETTINGS["cw"]["steps"]) if name == "cw" else (pgd, int(name.removeprefix("pgd")))
+        start = starts(x, indices, epsilon, (seed, name))
+        x_adv = drop_fooled(attack, model, x, y, start, epsilon=epsilon, step_size=step_size, steps=steps)
+    allowed = (x_adv >= x - radius) & (x_adv <= x + radius) & (x_adv >= 0) & (x_adv <= 1)
     if not allowed.all():  # false for NaN as well
         raise UserError(f"{name} left the epsilon ball or [0, 1], or met a NaN: are the weights finite?")
     return x_adv
 
 
-def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
-    """The images that attack `name`, or a stage of AutoAttack, makes of x, checked elementwise: in the epsilon ball, in
-    [0, 1] and finite. Raises UserError if they are not.
-
-    Images x (B, 3, H, W) in [0, 1], y (B,), their indices in the test set (B,) on the CPU. All randomness comes from
-    the indices, `name` and `seed`.
-    """
-    if name == "clean":
-        return x
-    if name in STAGES:
-        generator = make_generator("cpu", seed, name, int(indices[0]))
-        x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=generator.initial_seed())
-        return checked(name, x, x_adv, epsilon, slack=1e-6)  # FAB measures |x_adv - x|, which rounds
-    if name == "fgsm":
-        return checked(name, x, fgsm(model, x, y, epsilon), epsilon)
-    attack, steps = (cw, CW_STEPS) if name == "cw" else (pgd, int(name.removeprefix("pgd")))
-    start = starts(x, indices, epsilon, (seed, name))
-    x_adv = drop_fooled(attack, model, x, y, start, epsilon=epsilon, step_size=step_size, steps=steps)
-    return checked(name, x, x_adv, epsilon)
-
-
 def still_correct(model, images, attack, *, epsilon, step_size, batch_size, seed, indices=None):
-    """Which images are classified as their label under `attack`, or under a stage of AutoAttack, in eval mode.
-
-    indices   which of `images`, (M,) int64 on the CPU (default: all). Starts depend on them, not on the batch.
-
-    Returns (M,) bool on the CPU. Raises UserError if a logit is not finite.
-    """
+    """Which of the images at `indices`, (M,) int64 on the CPU (default: all), are classified as their label under
+    `attack` in eval mode: (M,) bool on the CPU. Raises UserError if a logit is not finite."""
     if indices is None:
         indices = torch.arange(len(images.y))
     budget = {"epsilon": epsilon, "step_size": step_size, "seed": seed}
@@ -184,9 +167,6 @@ def still_correct(model, images, attack, *, epsilon, step_size, batch_size, seed
     return torch.cat(masks)
 
 
-# The matrix
-
-
 class Column(NamedTuple):
     """A column of the matrix: an attack, or a stage of AutoAttack, on a network and the first n images."""
 
@@ -198,10 +178,8 @@ class Column(NamedTuple):
 
 def plan_columns(roles, attacks, total):
     """The columns behind each asked attack: {(network, attack): [clean, ...]}. Each attacks the images that are still
-    correct in the one before. AutoAttack's versions share theirs.
-
-    `attacks` is {name: (number of images, epsilon)}, `total` the number of all images.
-    """
+    correct in the one before. AutoAttack's versions share theirs. `attacks` is {name: (number of images, epsilon)},
+    `total` the number of all images."""
     chains = {}
     for role in roles:
         for name, (n, epsilon) in attacks.items():
