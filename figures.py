@@ -75,8 +75,7 @@ def method_name(settings, otherwise):
 
 
 def read_run(folder):
-    """[the run in a directory of train_dynat.py]: title, source (name of the folder), settings, log (a dict per epoch),
-    sizes (the number of images behind each accuracy)."""
+    """[the run in a directory of train_dynat.py]. `sizes` is the number of images behind each accuracy of its log."""
     config = json.loads(read(folder / "config.json"))
     log = [json.loads(line) for line in read(folder / "log.jsonl").splitlines()]
     if not log:
@@ -87,16 +86,15 @@ def read_run(folder):
             if name.endswith("_acc") or name.startswith("val_"):
                 expect(float, row[name], high=1)
     images = {split: expect(int, n, 1) for split, n in config["images"].items()}
-    train, test = images["train"], images["test"]
-    sizes = {"train_acc": min(train, test), "test_acc": test, "guide_test_acc": test}
+    test = images["test"]
+    sizes = {"train_acc": min(images["train"], test), "test_acc": test, "guide_test_acc": test}
     sizes["val_pgd"] = images["val"] if any("val_pgd" in row for row in log) else None
-    about = {"title": method_name(config["settings"], folder.name), "source": folder.name, "key": object()}
-    return [SimpleNamespace(**about, settings=config["settings"], log=log, sizes=sizes)]
+    title, settings = method_name(config["settings"], folder.name), config["settings"]
+    return [SimpleNamespace(title=title, source=folder.name, key=object(), settings=settings, log=log, sizes=sizes)]
 
 
 def read_evaluation(path):
-    """The networks in a JSON file of evaluate.py: title, source (folder and name of the checkpoint), settings, epoch,
-    rows (results by attack)."""
+    """The networks in a JSON file of evaluate.py. `rows` are the results by attack."""
     report = json.loads(read(path))
     settings, checkpoint = report["trained"]["settings"], Path(report["checkpoint"])
     source = f"{checkpoint.parent.name}/{checkpoint.stem}"
@@ -118,6 +116,9 @@ def read_all(read_one, paths):
     """What `read_one` finds in these paths, in one list. Different attacks on one network may be in several files.
     Raises UserError if a file is damaged."""
     found = []
+    if read_one is read_evaluation:  # a folder is all evaluations in it
+        nested = [sorted(path.rglob("*.json")) if path.is_dir() else [path] for path in paths]
+        paths = [file for files in nested for file in files if file.name != "config.json"]
     for path in paths:
         try:
             items = read_one(path)
@@ -133,13 +134,12 @@ def read_all(read_one, paths):
 
 
 def names(items, labels):
-    """What to call each run or network: `labels`, or the method, with its source if several have the same. Raises
-    UserError if two have the same name."""
+    """What to call each: `labels`, or the method, with its source if several have the same. Raises UserError if two
+    have the same name."""
     if labels and len(labels) != len(items):
         raise UserError(f"--labels gives {len(labels)} names to {len(items)} networks")
     titles = [item.title for item in items]
-    found = [item.title + (f", {item.source}" if titles.count(item.title) > 1 else "") for item in items]
-    found = labels or found
+    found = labels or [f"{i.title}, {i.source}" if titles.count(i.title) > 1 else i.title for i in items]
     for name in found:
         if found.count(name) > 1:
             raise UserError(f"several of them are called '{name}': name them apart with --labels A B ...")
@@ -179,10 +179,9 @@ def curve(run, name):
 
 
 def plot(ax, run, name, i, label=None, line=None):
-    """Draws one accuracy of a run's log over its epochs as the i-th curve of `ax`, its interval as a band. label_acc
-    has none: it is a mean over an epoch in which the weights change."""
+    """Draws one accuracy of a run's log over its epochs as the i-th curve of `ax`, its interval as a band."""
     epochs, values = curve(run, name)
-    if name != "label_acc":
+    if name != "label_acc":  # a mean over an epoch in which the weights change
         low, high = zip(*(interval(value, run.sizes[name]) for value in values), strict=True)
         ax.fill_between(epochs, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
     look = {"color": f"C{i}", "linestyle": line or LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
@@ -193,8 +192,7 @@ def plot(ax, run, name, i, label=None, line=None):
 
 
 def finish(figure, ax, items, text="", sizes=(), columns=1):
-    """Adds a title: the data set and target that all items share, `text` and the numbers of images. And below the
-    picture, where it hides nothing, the legend of `ax`. Returns the figure."""
+    """Adds the title, and below the picture, where it hides nothing, the legend of `ax`. Returns the figure."""
     title = [shared_settings(items, "dataset", "target"), text]
     title += [f"n = {thousands(sizes)}, 95 % intervals"] if sizes else []
     figure.suptitle(fill(", ".join(filter(None, title)), LETTERS))
@@ -349,8 +347,8 @@ def parser():
     p = Parser(prog="figures.py", description=__doc__)
     kinds = p.add_subparsers(dest="kind", required=True, metavar="FIGURE")
     for draw in (convergence, clean, weak_to_strong, overfitting, bars, table):
-        kind, first_words = draw.__name__.replace("_", "-"), draw.__doc__.split(":")[0]
-        one = kinds.add_parser(kind, description=draw.__doc__, help=first_words)
+        kind = draw.__name__.replace("_", "-")
+        one = kinds.add_parser(kind, description=draw.__doc__, help=draw.__doc__.split(":")[0])
         one.set_defaults(draw=draw, read=read_evaluation if draw in (bars, table) else read_run)
         add = one.add_argument
         add("paths", type=Path, nargs="+", metavar="PATH", help="run directories; bars, table: JSON files or folders")
@@ -381,11 +379,7 @@ def main(argv):
         if args.kind == "images":
             drawn = attacked_images(args)
         else:
-            paths = args.paths
-            if args.read is read_evaluation:  # a folder is all evaluations in it
-                nested = [sorted(path.rglob("*.json")) if path.is_dir() else [path] for path in paths]
-                paths = [file for files in nested for file in files if file.name != "config.json"]
-            items = read_all(args.read, paths)
+            items = read_all(args.read, args.paths)
             if not items:
                 raise UserError(f"there are no results in {args.paths[0]}: evaluate.py --json writes them")
             for item in items:
