@@ -117,12 +117,11 @@ def compare(settings, images, repeats, with_release):
     """The figures by side. Ours and the release are timed in turn, after a warm-up."""
     device, updates = images.x.device, len(images.y) / settings["batch_size"]
     batch = images.select(slice(settings["batch_size"]))
-    steps = [train_dynat.METHODS[settings["method"]]["step"]]
+    x, steps = to_float(batch.x), [train_dynat.METHODS[settings["method"]]["step"]]
     # Two updates from nothing: in the second one the momentum is there.
     two_updates = {"ours": lambda changed: train(changed, batch, steps[:1] * 2)}
     if with_release:
         steps.append(release_step(settings, images))
-        x = to_float(batch.x)
         two_updates["release"] = lambda _: [step(x, batch.y, x) for step in [release_step(settings, images)] * 2]
     log = train(settings, images, steps * (repeats + 1))[len(steps) :]
     found = {}
