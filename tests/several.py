@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import sys
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ def plain(num_classes):
 def train(folder, variables, network, disturbance, runs):
     """Trains each (name, arguments) of `runs` in FOLDER/NAME, one after the other. Rank N leaves its last checkpoint
     beside it in NAME-N.pt and what it prints in N.txt. Exits with the first status that is not 0."""
-    os.environ.update(variables)
+    os.environ.update({name: str(value) for name, value in variables.items()})
     rank = int(variables.get("RANK", 0))
     sys.stdout = sys.stderr = open(folder / f"{rank}.txt", "w", buffering=1)  # noqa: SIM115
     torch.set_num_threads(1)
@@ -78,11 +79,11 @@ def start(folder, world_size, *job):
     folder.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    of_all = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     processes = []
     for rank in range(world_size):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        variables = {name: str(value) for name, value in variables.items()} if world_size > 1 else {}
+        variables = {"RANK": rank, "LOCAL_RANK": rank, **of_all} if world_size > 1 else {}
         processes.append(FORKSERVER.Process(target=train, args=(folder, variables, *job)))
-        processes[-1].start()
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # so that it can import this file
+            processes[-1].start()
     return processes
