@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -38,9 +39,6 @@ def saved(content, **options):
     return file.getvalue()
 
 
-# Any file
-
-
 def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     checkpoints.save(path, {"epoch": 1})
@@ -70,7 +68,10 @@ def test_what_is_not_a_checkpoint_is_named_in_one_line(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, says in (("", "is a folder: name a checkpoint"), ("none", "there is no file"), ("pipe", "is not a file")):
         assert says in message(checkpoints.load, tmp_path / name)
+    legacy = saved(STATE["linear.bias"], _use_new_zipfile_serialization=False)
+    storage = re.search(rb"\d{9,}", legacy)[0]
     for content, says in {
+        storage[::-1].join(legacy.rsplit(storage, 1)): "is not a checkpoint, or a",
         b"": "is empty",
         b"<!DOCTYPE html><html><head>": "is a web page, not a checkpoint: download the file itself",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00": "is a git-lfs pointer, not a checkpoint: fetch",
