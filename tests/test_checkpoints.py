@@ -118,9 +118,6 @@ def test_tensors_that_are_not_plain_numbers_in_memory_and_cycles_are_refused_whe
         assert message(checkpoints.load, tmp_path / "a.pt").startswith(str(tmp_path / "a.pt"))
 
 
-# Networks
-
-
 def test_weights_of_other_projects_load_strictly():
     prefixed = {f"module._orig_mod.{key}": value for key, value in STATE.items()}
     dead = {**STATE, "module.sub_block1.layer.0.conv1.weight": torch.zeros(8, 8)}
@@ -170,9 +167,6 @@ def test_a_normalisation_kept_with_the_weights_goes_in_front_of_the_network(name
     for name, value in (("mean", 127.0), ("mean", -0.1), ("mean", torch.nan), ("std", 64.0), ("std", 0.0)):
         bad = {**STATE, "mean": mean, "std": std, name: torch.full((3,), value)}
         assert "the file's normalisation is not one of RGB images in [0, 1]: mean [" in message(take_normalisation, bad)
-
-
-# The run directory
 
 
 def claim(run_dir, resume=True):
