@@ -89,7 +89,8 @@ def execute(command):
 
 
 def measure(commands, run_dir, kept, typed):
-    """Runs what is left of a row's commands, and copies what is kept of its results into `kept`, evaluations last."""
+    """Runs what is left of a row's commands. Copies what is kept of its results into `kept`, an evaluation when it is
+    there, its JSON last."""
     reports = [f"{name}.json" for name in commands if name != "train"]
     text = "".join(shlex.join(command) + "\n" for command in commands.values())
     written = kept / "commands.txt"
@@ -102,10 +103,15 @@ def measure(commands, run_dir, kept, typed):
     for report in reports:
         if not (run_dir / report).exists():
             execute(commands[report.removesuffix(".json")])
+        keep(["config.json", "log.jsonl", "weights.pt", report.replace(".json", ".npz"), report], run_dir, kept, typed)
+
+
+def keep(files, run_dir, kept, typed):
+    """Copies files of a run, weights only if they are small. Folders of this machine are not kept."""
     data_dir = typed[typed.index("--data-dir") + 1] if "--data-dir" in typed else "data"
-    for file in ["config.json", "log.jsonl", "weights.pt", *(r.replace(".json", ".npz") for r in reports), *reports]:
+    for file in files:
         content = (run_dir / file).read_bytes()
-        if file.endswith(".json"):  # folders of this machine are not kept
+        if file.endswith(".json"):
             content = content.replace(str((ROOT / data_dir).resolve()).encode(), data_dir.encode())
         if file != "weights.pt" or len(content) <= 1_000_000:
             with atomic_write(kept / file) as partial:

@@ -1,6 +1,5 @@
 """What holds for the attack on any images, start, step size and objective, each with mutants that break it."""
 
-from contextlib import suppress
 from unittest.mock import Mock, call
 
 import pytest
@@ -36,12 +35,13 @@ def objective_called(name, net, x, y):
         "cross-entropy": lambda z: F.cross_entropy(z, y, reduction="sum"),
         "kl": lambda z: kl_divergence(clean, z).sum(),
         "margin": lambda z: -margin(z, y).sum(),
+        "descent": lambda z: -F.cross_entropy(z, y, reduction="sum"),
     }[name]
 
 
 budgets = {
     "seed": st.integers(0, 10_000),
-    "objective": st.sampled_from(["cross-entropy", "kl", "margin"]),
+    "objective": st.sampled_from(["cross-entropy", "kl", "margin", "descent"]),
     "epsilon": st.sampled_from([0.0, 0.031, 8 / 255, 0.3, 1.0]),
     "step_size": st.sampled_from([0.0, 0.007, 2 / 255, 0.5, 3.0]),
     "steps": st.integers(1, 4),
@@ -109,16 +109,16 @@ def test_attack_leaves_modes_gradients_batchnorm_and_random_state_untouched():
     check_nothing_is_touched(linf_pgd)
 
 
-@pytest.mark.parametrize("edit", [("module.training = training", "module.training = True"), ("model.eval()", "pass")])
-def test_a_switch_that_forgets_flags_is_rejected(edit):
-    with pytest.raises(AssertionError):
-        check_nothing_is_touched(linf_pgd, mutant(eval_mode, edit))
+def test_a_switch_that_forgets_flags_is_rejected():
+    for edit in (("module.training = training", "module.training = True"), ("model.eval()", "pass")):
+        with pytest.raises(AssertionError):
+            check_nothing_is_touched(linf_pgd, mutant(eval_mode, edit))
 
 
 def test_eval_mode_is_undone_after_an_error():
     net = small_net().train()
-    with suppress(RuntimeError), eval_mode(net):
-        raise RuntimeError
+    with pytest.raises(RuntimeError, match="inside"), eval_mode(net):
+        raise RuntimeError("inside")
     assert all(module.training for module in net.modules())
 
 
@@ -127,10 +127,9 @@ def check_attack_attacks(attack):
     loss = objective_called("cross-entropy", net, x, y)
     x_adv = attack(net, x, x, loss, epsilon=0.1, step_size=0.03, steps=5)
     assert loss(net(x_adv)) > loss(net(x)) + 0.1
-    assert torch.equal(attack(net, x, x, lambda z: 0 * z.sum(), epsilon=0.1, step_size=0.1, steps=3), x)
 
 
-def test_the_objective_grows_and_without_a_gradient_nothing_moves():
+def test_the_objective_grows():
     check_attack_attacks(linf_pgd)
 
 
@@ -161,7 +160,9 @@ NEAR = {"seed": 0, "objective": "margin", "epsilon": 0.3, "step_size": 0.05, "st
     ("check", "budget", "old", "new"),
     [
         (check_ball_and_pixel_range, FAR, "low, high), 0, 1)", "low, high), -9, 9)"),
+        (check_ball_and_pixel_range, FAR, "+ step, low, high)", "+ step, -9, 9)"),
         (check_ball_and_pixel_range, FAR, "low, high = x", "low, high = start"),
+        (check_ball_and_pixel_range, FAR, "x + epsilon\n", "x + 1.01 * epsilon\n"),
         (check_batch_equals_single_images, NEAR, "gradient.sign()", "(gradient - gradient.mean(0)).sign()"),
         (check_batch_equals_single_images, NEAR, "active(logits.detach())", "active(logits.detach()).roll(1)"),
         (check_nothing_is_touched, {}, "logits = model(x_adv)", "logits = model.train()(x_adv)"),
@@ -179,23 +180,31 @@ def test_a_broken_attack_is_rejected(check, budget, old, new):
         check(mutant(linf_pgd, (old, new)), **budget)
 
 
+def test_fgsm_is_one_full_step_wherever_the_gradient_is_not_zero():
+    net, (x, y) = small_net(), images(6)
+    x_adv = linf_pgd(net, x, x, objective_called("margin", net, x, y), epsilon=0.1, step_size=0.1, steps=1)
+    moved = (x_adv - x).abs()
+    boxed = torch.minimum(torch.full_like(x, 0.1), torch.where(x_adv > x, 1 - x, x))
+    torch.testing.assert_close(moved, torch.where(moved > 0, boxed, moved))
+    assert (moved > 0).float().mean() > 0.5
+    assert torch.equal(linf_pgd(net, x, x, lambda z: 0 * z.sum(), epsilon=0.1, step_size=0.1, steps=3), x)
+
+
 @given(row=st.lists(st.integers(-3, 3).map(float), min_size=5, max_size=5), label=st.integers(0, 4))
 def test_margin_is_the_labels_logit_minus_the_best_other(row, label):
     expected = row[label] - max(row[:label] + row[label + 1 :])  # 0 at a tie
     assert margin(torch.tensor([row, row[::-1]]), torch.tensor([label, 4 - label])).tolist() == [expected] * 2
 
 
-def test_starts_depend_on_their_generator_alone():
+@pytest.mark.parametrize("epsilon", [0.031, 8 / 255])
+def test_starts_depend_on_their_generator_alone(epsilon):
     x, _ = images(5)
-    for draw in (lambda generator: gaussian_start(x, generator), lambda generator: uniform_start(x, 0.1, generator)):
-        first, again, other = (draw(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-        assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-def test_starts_are_as_far_away_as_they_say():
-    x, _ = images(5)
-    generator = torch.Generator().manual_seed(1)
-    assert 0.0005 < (gaussian_start(x, generator) - x).std() < 0.0015
-    uniform = uniform_start(x, 0.1, generator)
-    assert (uniform >= 0).all() and (uniform <= 1).all()
-    assert 0.08 < (uniform - x).abs().max() <= 0.1 + 1e-12
+    draw_gaussian = lambda seed: gaussian_start(x, torch.Generator().manual_seed(seed))
+    draw_uniform = lambda seed: uniform_start(x, epsilon, torch.Generator().manual_seed(seed))
+    for draw in (draw_gaussian, draw_uniform):
+        assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    uniform = draw_uniform(1)
+    assert 0.0005 < (draw_gaussian(1) - x).std() < 0.0015
+    assert (uniform >= 0).all() and (uniform <= 1).all() and ((uniform - x).abs() <= epsilon + 1e-12).all()
+    inside = (x > epsilon) & (x < 1 - epsilon)
+    assert (uniform - x)[inside].abs().max() > 0.8 * epsilon
