@@ -543,21 +543,33 @@ def check_device(settings, device):
 
 def check_settings(settings, path):
     """Raises UserError unless `settings`, from the checkpoint `path`, are such as the command line can give."""
-    if settings.get("method") not in METHODS:
-        raise UserError(f"{path} is of a method called {settings.get('method')}: choose from {', '.join(METHODS)}")
-    text = {name: str(settings.get(name)) for name in ("method", "dataset", "preset", "target")}
-    expected = default_settings(**text)
-    kind = lambda v: object if v is None else (int, float) if type(v) in (int, float) else type(v)
-    missing = checkpoints.missing_keys(settings, {name: kind(value) for name, value in expected.items()})
-    missing += [name for name, value in expected.items() if value is None and name not in settings]
-    if missing:
-        raise UserError(f"{path} has no {', '.join(missing)} that this version of the program can use")
-    numbers = {name: value for name, value in settings.items() if type(value) in (int, float, str)}
-    words = [word for name, value in numbers.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    deciding = {name: str(settings.get(name)) for name in ("method", "dataset", "preset", "target")}
+    if deciding["method"] not in METHODS:
+        raise UserError(f"{path} is of a method called {deciding['method']}: choose from {', '.join(METHODS)}")
+    expected = default_settings(**deciding)
+    given = {name: settings[name] for name in expected if name in settings}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if type(value) in (int, float, str)]
+    drops = settings.get("lr_milestones")
+    words += [f"--lr-milestones={epoch!r}" for epoch in drops] if isinstance(drops, list) else []
     try:
-        full_parser(expected).parse_known_args(words)
+        typed = vars(full_parser(expected).parse_known_args(words)[0])
     except UserError as error:
         raise UserError(f"{path} holds a setting that cannot be: {error}") from None
+    wrong = settings.keys() ^ expected.keys()
+    wrong |= {name for name in expected if type(settings.get(name)) is not type(typed[name])}
+    schedules = {"milestones", "tau_milestones"} & expected.keys() - wrong
+    wrong |= {name for name in schedules if not is_schedule(settings[name])}
+    if wrong:
+        raise UserError(f"{path} has no {', '.join(sorted(map(str, wrong)))} that this version of the program can use")
+
+
+def is_schedule(value):
+    """Whether the list `value` is [(first epoch, number), ...], from epoch 1 on."""
+    kinds = [[type(part) for part in pair] if isinstance(pair, tuple) else pair for pair in value]
+    if not value or not all(kind in ([int, int], [int, float]) for kind in kinds):
+        return False
+    epochs, numbers = zip(*value, strict=True)
+    return epochs[0] == 1 and list(epochs) == sorted(epochs) and min(numbers) >= 0
 
 
 @exit_status
