@@ -308,8 +308,7 @@ def _is_begun(run_dir):
     config = run_dir / "config.json"
     begun = config.is_file() and '"settings"' in config.read_text("utf-8", errors="replace")
     for file in sorted(run_dir.iterdir()):
-        of_first_epoch = begun and re.fullmatch(r"config\.json|(best|epoch\d+)\.pt", file.name)
-        if re.fullmatch(OUR_FILE, file.name) and not of_first_epoch:
+        if re.fullmatch(OUR_FILE, file.name) and not (begun and file == config):
             raise UserError(f"{file} is there, but no last.pt to continue from: choose another --out")
     return begun
 
@@ -393,23 +392,25 @@ def load_momentum(optimizer, saved):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_run(run_dir, checkpoint, *, best, keep):
-    """Saves a finished epoch: `best.pt` if it is the `best` so far, `epochNNN.pt` if it is to be kept, then `last.pt`
-    and what is written from it."""
-    if best:
-        save(run_dir / "best.pt", checkpoint)
-    if keep:
-        networks_only = {name: value for name, value in checkpoint.items() if name != "optimizer"}
-        save(run_dir / f"epoch{checkpoint['epoch']:03}.pt", networks_only)
+def save_run(run_dir, checkpoint):
+    """Saves a finished epoch: `last.pt`, then what is written from it."""
     save(run_dir / "last.pt", checkpoint)
     write_from_checkpoint(run_dir, checkpoint)
 
 
 def write_from_checkpoint(run_dir, checkpoint):
-    """Writes log.jsonl, weights.pt and config.json as `last.pt` has them, also after a kill between two files."""
-    write_text(run_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in checkpoint["log"]))
+    """Writes what follows from `last.pt`, also after a kill between two files: log.jsonl, weights.pt and config.json;
+    `best.pt` if this epoch is the best on held-out images so far; `epochNNN.pt` if this epoch is to be kept."""
+    settings, log, epoch = (checkpoint[name] for name in ("settings", "log", "epoch"))
+    write_text(run_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     save(run_dir / "weights.pt", checkpoint["target"])
     write_config(run_dir, checkpoint["config"])
+    *past, robust = (row.get("val_pgd", -1) for row in log)
+    if robust > max(past, default=-1):
+        save(run_dir / "best.pt", checkpoint)
+    if settings["keep_from"] is not None and epoch >= settings["keep_from"]:
+        networks_only = {name: value for name, value in checkpoint.items() if name != "optimizer"}
+        save(run_dir / f"epoch{epoch:03}.pt", networks_only)
 
 
 def write_config(run_dir, config):

@@ -293,14 +293,12 @@ def train(settings, run_dir, device, checkpoint=None):
             if epoch % settings["eval_every"] == 0 or epoch == epochs:
                 row.update(measure(networks, images, settings))
             row.update(seconds=seconds, images_per_second=count / seconds)
-            best = row.get("val_pgd", -1) > max((past.get("val_pgd", -1) for past in log), default=-1)
-            keep = settings["keep_from"] is not None and epoch >= settings["keep_from"]
             state = {role: model.state_dict() for role, model in networks.items()}
             if ema is not None:
                 state["ema"] = ema.state_dict()
             state["optimizer"] = optimizer.state_dict()
             content = {**state, **identity, "epoch": epoch, "log": [*log, row], "config": config}
-            distributed.run_on_rank0(checkpoints.save_run, run_dir, content, best=best, keep=keep)
+            distributed.run_on_rank0(checkpoints.save_run, run_dir, content)
             log.append(row)
             progress.write(report(row, epochs))
     return log
@@ -362,8 +360,7 @@ def print_start(settings, images, run_dir, config):
     print(f"{run_dir}: {sizes} images, {config['device']}")
     shown = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
     words = [f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
-    lines = textwrap.wrap("  ".join(word.replace(" ", "\0") for word in words), 100, break_on_hyphens=False)
-    print("\n".join(lines).replace("\0", " "))
+    print(textwrap.fill(", ".join(words), 100, break_on_hyphens=False))
     reached = [(first, factor) for first, factor in settings["milestones"] if first <= settings["epochs"]]
     rates = {first: settings["lr"] * factor for first, factor in reached}
     rates = [f"{rate:.4g}" if first == 1 else f"from epoch {first} {rate:.4g}" for first, rate in rates.items()]
@@ -409,6 +406,7 @@ def deciding_parser():
     add("--out", type=Path, metavar="DIR", help="default: runs/<method>-<dataset>-<target>-s<seed>-<what differs>")
     add("--resume", action="store_true",
         help="continue the run in --out, or start it; only --epochs and --data-dir may differ")  # fmt: skip
+    add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     return p
 
 
@@ -416,8 +414,6 @@ def full_parser(defaults):
     """Every flag. Its default is that of `defaults`; a flag that is not among them is hidden: the method does not use
     it."""
     p = Parser(prog="train_dynat.py", description=__doc__, parents=[deciding_parser()])
-
-    defaults = {**defaults, "device": None}
 
     def group(title):
         add_argument = p.add_argument_group(title).add_argument
@@ -460,7 +456,6 @@ def full_parser(defaults):
     add("--ema", type=in_range(parse_fraction, 0, 1), metavar="DECAY",
         help="keep an exponential moving average of the target as well; 0: none")  # fmt: skip
     add = group("run")
-    add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add("--seed", type=in_range(int, 0), help="of networks, order, crops, flips and starts")
     add("--deterministic", action=BooleanOptionalAction,
         help="same seed, same device, same bytes (the default); --no-deterministic may be faster on a GPU")  # fmt: skip
@@ -476,25 +471,25 @@ def full_parser(defaults):
 
 
 def parse(argv, settings=None):
-    """(every setting of the run, the other arguments, the parser that knows the defaults). The defaults are those of
-    the method, or the `settings` of a run that is continued. Raises UserError for a flag that the method cannot use."""
+    """(every setting of the run, what `deciding_parser` finds, the parser that knows the defaults). The defaults are
+    those of the method, or the `settings` of a run that is continued. Raises UserError for a flag that the method
+    cannot use."""
     first, _ = deciding_parser().parse_known_args(argv)
     if settings is None:
         settings = default_settings(first.method, first.dataset, first.preset, first.target, first.epochs)
     parser = full_parser(settings)
     args = vars(parser.parse_args(argv))
-    others = {name: args.pop(name) for name in ("out", "resume", "device")}
-    for name in args.keys() - settings.keys():
-        unused = args.pop(name)
-        if unused != parser.get_default(name):
+    for name in args.keys() - settings.keys() - vars(first).keys():
+        if args[name] != parser.get_default(name):
             flag = "no-clean-forward" if name == "clean_forward" else name.replace("_", "-")
             raise UserError(f"--method {args['method']} does not use --{flag}: leave it out")
-    if args["lr_milestones"] is not None:
-        drops = enumerate(sorted(args["lr_milestones"]), start=1)
-        args["milestones"] = [(1, 1.0)] + [(first, 10.0**-drop) for drop, first in drops]
-    if args["data_dir"] is not None:
-        args["data_dir"] = str(Path(args["data_dir"]).resolve())
-    return args, others, parser
+    settings = {name: value for name, value in args.items() if name in settings}
+    if settings["lr_milestones"] is not None:
+        drops = enumerate(sorted(settings["lr_milestones"]), start=1)
+        settings["milestones"] = [(1, 1.0)] + [(first, 10.0**-drop) for drop, first in drops]
+    if settings["data_dir"] is not None:
+        settings["data_dir"] = str(Path(settings["data_dir"]).resolve())
+    return settings, first, parser
 
 
 def default_run_dir(settings, parser):
@@ -575,24 +570,24 @@ def is_schedule(value):
 @exit_status
 def main(argv):
     first, _ = deciding_parser().parse_known_args(argv)
-    before = None
-    if first.resume and first.out and (first.out / "last.pt").exists():
-        before = checkpoints.load_run(first.out / "last.pt")["settings"]
-        check_settings(before, first.out / "last.pt")
-    settings, others, parser = parse(argv, before)
-    run_dir = first.out or default_run_dir(settings, parser)
-    shorter = default_run_dir({**settings, "epochs": parser.get_default("epochs")}, parser)
-    if first.resume and not first.out and not run_dir.exists() and shorter.exists():
-        run_dir = shorter  # a run of the default number of epochs, which is to have more
+    run_dir = first.out
+    if not first.resume or not run_dir:
+        settings, _, parser = parse(argv)
+        run_dir = run_dir or default_run_dir(settings, parser)
+        shorter = default_run_dir({**settings, "epochs": parser.get_default("epochs")}, parser)
+        if first.resume and not run_dir.exists() and shorter.exists():
+            run_dir = shorter  # a run of the default number of epochs, which is to have more
     with ExitStack() as stack:
-        device = stack.enter_context(distributed.process_group(others["device"]))
-        check_device(settings, device)
+        device = stack.enter_context(distributed.process_group(first.device))
         checkpoint = distributed.run_on_rank0(
             lambda: stack.enter_context(checkpoints.claim_run_dir(run_dir, first.resume))
         )
         if checkpoint is not None:
             settings = resumed_settings(checkpoint, argv, run_dir)
-        elif first.resume:
+        else:
+            settings, _, _ = parse(argv)
+        check_device(settings, device)
+        if first.resume and checkpoint is None:
             print(f"note: no run in {run_dir} yet: starting it")
         deterministic = settings["deterministic"]
         stack.enter_context(numerics(deterministic=deterministic, benchmark=not deterministic))

@@ -177,10 +177,10 @@ def main(argv):
     p.add_argument("--parts", action="store_true", help="time by part as well")
     p.add_argument("--json", type=Path, metavar="FILE", help="keep the figures there, with command, commit and device")
     args, rest = p.parse_known_args(argv)
-    settings, others, _ = train_dynat.parse(rest)
-    if others["out"] or others["resume"]:
+    settings, first, _ = train_dynat.parse(rest)
+    if first.out or first.resume:
         raise UserError("a benchmark keeps no run: leave out --out and --resume")
-    device = pick_device(others["device"])
+    device = pick_device(first.device)
     train_dynat.check_device(settings, device)
     settings |= {name: first for name, first in {"awp_start": 1, "burn_in": 0}.items() if name in settings}
     with_release = settings["method"] in release.RELEASES and not (args.no_release or settings.get("static_labels"))

@@ -64,9 +64,9 @@ def test_every_row_is_commands_that_a_person_could_type(plan, capsys):
     runs = []
     for line in map(shlex.split, capsys.readouterr().out.splitlines()):
         if line[1] == "train_dynat.py":
-            settings, others, _ = train_dynat.parse(line[2:])
-            runs.append(others["out"])
-            assert others["resume"] and settings["batch_size"] == (64 if typed else 128)
+            settings, first, _ = train_dynat.parse(line[2:])
+            runs.append(first.out)
+            assert first.resume and settings["batch_size"] == (64 if typed else 128)
             assert plan != "labels" or settings["seed"] != 7  # what sets a row apart is the row's
         else:
             args = evaluate.parser().parse_args(line[2:])
