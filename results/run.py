@@ -69,9 +69,8 @@ def evaluations(plan, flags):
 
 def row_commands(plan, flags, typed, run_dir):
     """The commands of a row: {"train": its training, then its evaluations by name}. `typed` are the flags after --."""
-    method = flags.split()[1]
     words = [*PLANS[plan][0].split(), *typed, *flags.split()]
-    while "--guide" in words and "guide" not in METHODS[method]["training"]:
+    while "--guide" in words and "guide" not in METHODS[flags.split()[1]]["training"]:
         at = words.index("--guide")
         del words[at : at + 2]
     commands = {"train": ["python", "train_dynat.py", *words, "--out", run_dir, "--resume"]}
@@ -90,7 +89,7 @@ def execute(command):
 
 def measure(commands, run_dir, kept, typed):
     """Runs what is left of a row's commands. Copies what is kept of its results into `kept`, an evaluation when it is
-    there, its JSON last."""
+    there, its JSON last: weights only if they are small, and no folder of this machine."""
     reports = [f"{name}.json" for name in commands if name != "train"]
     text = "".join(shlex.join(command) + "\n" for command in commands.values())
     written = kept / "commands.txt"
@@ -100,22 +99,17 @@ def measure(commands, run_dir, kept, typed):
         return
     execute(commands["train"])
     write_text(written, text)
+    data_dir = typed[typed.index("--data-dir") + 1] if "--data-dir" in typed else "data"
     for report in reports:
         if not (run_dir / report).exists():
             execute(commands[report.removesuffix(".json")])
-        keep(["config.json", "log.jsonl", "weights.pt", report.replace(".json", ".npz"), report], run_dir, kept, typed)
-
-
-def keep(files, run_dir, kept, typed):
-    """Copies files of a run, weights only if they are small. Folders of this machine are not kept."""
-    data_dir = typed[typed.index("--data-dir") + 1] if "--data-dir" in typed else "data"
-    for file in files:
-        content = (run_dir / file).read_bytes()
-        if file.endswith(".json"):
-            content = content.replace(str((ROOT / data_dir).resolve()).encode(), data_dir.encode())
-        if file != "weights.pt" or len(content) <= 1_000_000:
-            with atomic_write(kept / file) as partial:
-                partial.write_bytes(content)
+        for file in ("config.json", "log.jsonl", "weights.pt", report.replace(".json", ".npz"), report):
+            content = (run_dir / file).read_bytes()
+            if file.endswith(".json"):
+                content = content.replace(str((ROOT / data_dir).resolve()).encode(), data_dir.encode())
+            if file != "weights.pt" or len(content) <= 1_000_000:
+                with atomic_write(kept / file) as partial:
+                    partial.write_bytes(content)
 
 
 @exit_status
