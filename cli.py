@@ -81,7 +81,8 @@ def exit_status(main):
             kept = [] if error.errno else error.args  # a main may raise it again with what it has kept
             line, status = ": ".join(["error: nobody reads standard output any more", *kept]), 2
         except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-            line, status = f"error: {error}", 2
+            where = "standard output: " if isinstance(error, OSError) and error.errno and not error.filename else ""
+            line, status = f"error: {where}{error}", 2
         except (MemoryError, RuntimeError) as error:
             full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
             if not full and "you tried to allocate" not in str(error):  # torch's words for the CPU's memory
