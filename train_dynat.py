@@ -361,10 +361,8 @@ def print_start(settings, images, run_dir, config):
     shown = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
     words = [f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
     print(textwrap.fill(", ".join(words), 100, break_on_hyphens=False))
-    reached = [(first, factor) for first, factor in settings["milestones"] if first <= settings["epochs"]]
-    rates = {first: settings["lr"] * factor for first, factor in reached}
-    rates = [f"{rate:.4g}" if first == 1 else f"from epoch {first} {rate:.4g}" for first, rate in rates.items()]
-    print(f"lr {', '.join(rates)}")
+    rates = {first: settings["lr"] * factor for first, factor in settings["milestones"] if first <= settings["epochs"]}
+    print("lr " + ", ".join(f"{rate:.4g} from epoch {first}" for first, rate in rates.items()))
     for epoch in settings["lr_milestones"] or []:
         if epoch > settings["epochs"]:
             print(f"warning: --lr-milestones {epoch} lies beyond the last epoch, {settings['epochs']}")
@@ -415,22 +413,13 @@ def full_parser(defaults):
     it."""
     p = Parser(prog="train_dynat.py", description=__doc__, parents=[deciding_parser()])
 
-    def group(title):
-        add_argument = p.add_argument_group(title).add_argument
-
-        def add(flag, name=None, **kwargs):
-            name = name or flag.removeprefix("--").replace("-", "_")
-            kwargs["help"] = kwargs["help"] if name in defaults else SUPPRESS
-            add_argument(flag, dest=name, **kwargs)
-
-        return add
-
-    add = group("data")
+    add = p.add_argument_group("data").add_argument
     add("--data-dir", metavar="D", help="where CIFAR is or goes, or a folder with train/ and test/")
     add("--train-images", type=in_range(int, 2), metavar="N", help="train on a class-balanced subset")
     add("--val-images", type=in_range(int, 0), metavar="N",
         help="hold out N training images, class-balanced, and keep best.pt by PGD-10 on them")  # fmt: skip
-    add = group("method")
+    methods_own = p.add_argument_group("method")
+    add = methods_own.add_argument
     add("--guide", type=network_name, metavar="NAME", help="a network, as --target")
     add("--static-labels", action="store_true", help="the ground truth in the place of the dynamic labels")
     add("--beta", type=in_range(parse_fraction, 0), help="weight of the target's loss, Eq. (6)")
@@ -440,13 +429,13 @@ def full_parser(defaults):
     add("--awp-start", type=in_range(int, 1), metavar="EPOCH", help="the first with perturbed weights")
     add("--burn-in", type=in_range(int, 0), metavar="N", help="epochs before instances are weighted")
     add("--label-smoothing", type=in_range(parse_fraction, 0, 1), metavar="A", help="of the target's labels")
-    add("--no-clean-forward", name="clean_forward", action="store_false",
+    add("--no-clean-forward", dest="clean_forward", action="store_false",
         help="keep clean images out of the target's BatchNorm")  # fmt: skip
-    add = group("attack")
+    add = p.add_argument_group("attack").add_argument
     add("--epsilon", type=in_range(parse_fraction, 0, 1), help="radius in units of pixels in [0, 1], as 8/255")
     add("--step-size", type=in_range(parse_fraction, 0, 1), help="of PGD, in the same units")
     add("--steps", type=in_range(int, 1, 1000), help="of PGD")
-    add = group("optimisation")
+    add = p.add_argument_group("optimisation").add_argument
     add("--batch-size", type=in_range(int, 1), help="of all processes together")
     add("--lr", type=in_range(parse_fraction, 0), help="learning rate before the schedule's factors")
     add("--lr-milestones", type=in_range(int, 1), nargs="+", metavar="EPOCH",
@@ -455,7 +444,7 @@ def full_parser(defaults):
     add("--weight-decay", type=in_range(parse_fraction, 0), help="of all weights")
     add("--ema", type=in_range(parse_fraction, 0, 1), metavar="DECAY",
         help="keep an exponential moving average of the target as well; 0: none")  # fmt: skip
-    add = group("run")
+    add = p.add_argument_group("run").add_argument
     add("--seed", type=in_range(int, 0), help="of networks, order, crops, flips and starts")
     add("--deterministic", action=BooleanOptionalAction,
         help="same seed, same device, same bytes (the default); --no-deterministic may be faster on a GPU")  # fmt: skip
@@ -467,6 +456,9 @@ def full_parser(defaults):
     add("--eval-every", type=in_range(int, 1), metavar="N", help="measure after each N epochs and the last")
     add("--keep-from", type=in_range(int, 1), metavar="N", help="keep the networks of each epoch from N on")
     p.set_defaults(**defaults)
+    for action in methods_own._group_actions:
+        if action.dest not in defaults:
+            action.help = SUPPRESS
     return p
 
 
@@ -529,9 +521,10 @@ def resumed_settings(checkpoint, argv, run_dir):
 def check_device(settings, device):
     """Raises UserError for a flag that this device, or another flag, does not go with."""
     if device.type != "cuda":
-        for flag, used in (("--sync-bn", settings["sync_bn"]), ("--precision tf32", settings["precision"] == "tf32")):
-            if used:
-                raise UserError(f"{flag} needs an NVIDIA GPU: leave it out")
+        if settings["sync_bn"]:
+            raise UserError("--sync-bn needs an NVIDIA GPU: leave it out")
+        if settings["precision"] == "tf32":
+            raise UserError("--precision tf32 needs an NVIDIA GPU: leave it out")
     if settings["sync_bn"] and settings["compile"]:
         raise UserError("--sync-bn synchronises the GPU in every forward, which --compile cannot capture: choose one")
 
