@@ -14,9 +14,7 @@ Every accuracy has its number of images and its 95 % interval (Wilson). Nothing 
 
 import csv
 import json
-import re
 import sys
-import warnings
 from pathlib import Path
 from textwrap import fill
 from types import SimpleNamespace
@@ -52,6 +50,24 @@ in_order = lambda attacks: sorted(attacks, key=lambda attack: ([*ATTACKS, attack
 thousands = lambda numbers: " / ".join(f"{n:,}" for n in sorted(set(numbers)))
 
 
+def measured(accuracy, n):
+    """An accuracy on n images and both ends of its 95 % interval, in percent. Raises ValueError if it is none."""
+    if not 0 <= accuracy <= 1:  # as NaN is not
+        raise ValueError(f"{accuracy} is no accuracy")
+    return tuple(100 * share for share in (accuracy, *wilson(round(accuracy * n), n)))
+
+
+def pixel_units(epsilon):
+    """A radius as people write it: 8/255 if it is a whole number of pixel values, else 0.031."""
+    steps = round(epsilon * 255)
+    return f"{steps}/255" if abs(steps - epsilon * 255) < 1e-6 else f"{epsilon:g}"
+
+
+def method_name(settings, otherwise):
+    """The method as the paper spells it: dynat-inner-awp is DYNAT-Inner-AWP. `otherwise` if the settings name none."""
+    return settings.get("method", otherwise).upper().replace("INNER", "Inner")
+
+
 def read(path):
     """What is in the file `path`. Raises UserError if there is none."""
     if not path.is_file():  # a pipe would never end
@@ -59,90 +75,67 @@ def read(path):
     return path.read_bytes()
 
 
-def expect(kind, value, low=0, high=2**53):
-    """`value`, if its type is `kind` and, if it is a number, low <= value <= high. Else raises ValueError."""
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if not fits or (kind is not str and not low <= value <= high):  # NaN is not <= anything
-        raise ValueError(f"unexpected {value!r:.40}")
-    return value
-
-
-def method_name(settings, otherwise):
-    """The method as the paper spells it: dynat-inner-awp is DYNAT-Inner-AWP. `otherwise` if the settings name none."""
-    for name in ("dataset", "target"):
-        expect(str, settings.get(name, ""))
-    return expect(str, settings.get("method", otherwise)).upper().replace("INNER", "Inner")
-
-
-def read_run(folder):
-    """[the run in a directory of train_dynat.py]. `sizes` is the number of images behind each accuracy of its log."""
+def read_run(folder, runs):
+    """Adds the run in a directory of train_dynat.py. By name of an accuracy in its log, `sizes` is the number of images
+    behind it, `curves` has its points (epoch, accuracy, low, high)."""
     config = json.loads(read(folder / "config.json"))
     log = [json.loads(line) for line in read(folder / "log.jsonl").splitlines()]
-    if not log:
-        raise UserError(f"{folder} has no finished epoch yet")
-    for epoch, row in enumerate(log, start=1):
-        expect(int, row["epoch"], epoch, epoch)
-        for name in row:
-            if name.endswith("_acc") or name.startswith("val_"):
-                expect(float, row[name], high=1)
-    images = {split: expect(int, n, 1) for split, n in config["images"].items()}
-    test = images["test"]
-    sizes = {"train_acc": min(images["train"], test), "test_acc": test, "guide_test_acc": test}
-    sizes["val_pgd"] = images["val"] if any("val_pgd" in row for row in log) else None
-    title, settings = method_name(config["settings"], folder.name), config["settings"]
-    return [SimpleNamespace(title=title, source=folder.name, key=object(), settings=settings, log=log, sizes=sizes)]
+    train, test, val = (config["images"].get(split) for split in ("train", "test", "val"))
+    sizes = {"train_acc": min(train, test), "test_acc": test, "guide_test_acc": test}
+    sizes |= {"label_acc": train, "val_pgd": val}
+    curves = {
+        name: [(epoch, *measured(row[name], n)) for epoch, row in enumerate(log, start=1) if name in row]
+        for name, n in sizes.items()
+    }
+    about = {"title": method_name(config["settings"], folder.name), "source": folder.name}
+    runs.append(SimpleNamespace(settings=config["settings"], sizes=sizes, curves=curves, **about))
 
 
-def read_evaluation(path):
-    """The networks in a JSON file of evaluate.py. `rows` are the results by attack."""
+def read_evaluation(path, networks):
+    """Adds the networks in a JSON file of evaluate.py. `rows` are the results by attack. Several files may hold
+    different attacks on one network."""
     report = json.loads(read(path))
     settings, checkpoint = report["trained"]["settings"], Path(report["checkpoint"])
     source = f"{checkpoint.parent.name}/{checkpoint.stem}"
-    about = {"settings": settings, "epoch": report["trained"]["epoch"], "source": source}
-    networks = {}
     for row in report["results"]:
-        n = expect(int, row["n"], 1)
-        accuracy = expect(int, row["correct"], 0, n) / n
-        expect(float, row["accuracy"], accuracy, accuracy)
-        expect(float, row.get("epsilon", 0), high=1)
+        attack = str(row["attack"])
         words = [word for word in (report["weights"], row["network"]) if word in ("ema", "guide")]
         title = ", ".join([method_name(settings, checkpoint.stem), *words])
-        networks.setdefault(title, {})[expect(str, row["attack"])] = row
-    key = (source, report["sha256"])
-    return [SimpleNamespace(title=title, key=(*key, title), rows=rows, **about) for title, rows in networks.items()]
+        row["percent"] = measured(row["correct"] / row["n"], row["n"])
+        if "epsilon" in row:
+            row["epsilon"] = pixel_units(row["epsilon"])
+        key = title, source, report["sha256"]
+        fitting = [network for network in networks if network.key == key and attack not in network.rows]
+        if not fitting:
+            about = {"title": title, "source": source, "settings": settings, "epoch": report["trained"]["epoch"]}
+            fitting = [SimpleNamespace(key=key, rows={}, **about)]
+            networks += fitting
+        fitting[0].rows[attack] = row
 
 
 def read_all(read_one, paths):
-    """What `read_one` finds in these paths, in one list. Different attacks on one network may be in several files.
-    Raises UserError if a file is damaged."""
-    found = []
+    """The runs or networks that `read_one` finds in these paths. Raises UserError if a file is damaged."""
     if read_one is read_evaluation:  # a folder is all evaluations in it
         nested = [sorted(path.rglob("*.json")) if path.is_dir() else [path] for path in paths]
         paths = [file for files in nested for file in files if file.name != "config.json"]
+    found = []
     for path in paths:
         try:
-            items = read_one(path)
+            read_one(path, found)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged, or something else: {error!r}") from None
-        for item in items:
-            same = [other for other in found if other.key == item.key and not other.rows.keys() & item.rows.keys()]
-            if same:
-                same[0].rows.update(item.rows)
-            else:
-                found.append(item)
     return found
 
 
 def names(items, labels):
     """What to call each: `labels`, or the method, with its source if several have the same. Raises UserError if two
     have the same name."""
-    if labels and len(labels) != len(items):
-        raise UserError(f"--labels gives {len(labels)} names to {len(items)} networks")
     titles = [item.title for item in items]
     found = labels or [f"{i.title}, {i.source}" if titles.count(i.title) > 1 else i.title for i in items]
-    for name in found:
-        if found.count(name) > 1:
-            raise UserError(f"several of them are called '{name}': name them apart with --labels A B ...")
+    if len(found) != len(items):
+        raise UserError(f"--labels gives {len(found)} names to {len(items)} networks")
+    if len(set(found)) < len(found):
+        raise UserError("several of them have one name: name them apart with --labels A B ...")
     return found
 
 
@@ -153,42 +146,25 @@ def shared_settings(items, *names):
     return ", ".join(f"{name.replace('_', ' ')} {first[name]}" for name in shared)
 
 
-def pixel_units(epsilon):
-    """A radius as people write it: 8/255 if it is a whole number of pixel values, else 0.031."""
-    steps = round(epsilon * 255)
-    return f"{steps}/255" if abs(steps - epsilon * 255) < 1e-6 else f"{epsilon:g}"
+def with_interval(percent, digits=1):
+    """What `measured` says: '83.2 [80.8, 85.4]'."""
+    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*percent, d=digits)
 
 
-def interval(accuracy, n):
-    """The 95 % interval of an accuracy on n images, in percent."""
-    low, high = wilson(round(accuracy * n), n)
-    return 100 * low, 100 * high
-
-
-def with_interval(accuracy, n, digits=1):
-    """An accuracy on n images and its 95 % interval, in percent: '83.2 [80.8, 85.4]'."""
-    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(100 * accuracy, *interval(accuracy, n), d=digits)
-
-
-def curve(run, name):
-    """The epochs whose log has the accuracy `name`, and its values. Raises UserError if none has it."""
-    points = [(row["epoch"], row[name]) for row in run.log if name in row]
-    if not points:
+def plot(ax, run, name, i, style=None):
+    """Draws one accuracy of a run's log over its epochs as the i-th curve of `ax`, its interval as a band. Returns the
+    line. Raises UserError if the log does not have it."""
+    if not run.curves[name]:
         raise UserError(f"the log of {run.source} has no {name}{': train with --val-images' * (name == 'val_pgd')}")
-    return tuple(zip(*points, strict=True))
-
-
-def plot(ax, run, name, i, label=None, line=None):
-    """Draws one accuracy of a run's log over its epochs as the i-th curve of `ax`, its interval as a band."""
-    epochs, values = curve(run, name)
+    epochs, accuracies, low, high = zip(*run.curves[name], strict=True)
     if name != "label_acc":  # a mean over an epoch in which the weights change
-        low, high = zip(*(interval(value, run.sizes[name]) for value in values), strict=True)
         ax.fill_between(epochs, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-    look = {"color": f"C{i}", "linestyle": line or LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
-    ax.plot(epochs, [100 * v for v in values], label=label, markevery=max(1, len(epochs) // 12), **look)
+    look = {"color": f"C{i}", "linestyle": style or LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
+    (line,) = ax.plot(epochs, accuracies, markevery=max(1, len(epochs) // 12), **look)
     ax.set(xlabel="epoch", ylabel="accuracy (%)")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.label_outer()
+    return line
 
 
 def finish(figure, ax, items, text="", sizes=(), columns=1):
@@ -207,14 +183,14 @@ def accuracies(runs, labels, kinds, text):
     figure = Figure(figsize=(WIDTH, 3.6 + 0.2 * len(runs) * len(kinds)), layout="constrained")
     ax = figure.subplots()
     for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        for name, (words, line) in kinds.items():
-            epochs, values = curve(run, name)
-            ends = f"last {with_interval(values[-1], run.sizes[name])} %"
+        for name, (words, style) in kinds.items():
+            line = plot(ax, run, name, i, style)
+            ends = f"last {with_interval(run.curves[name][-1][1:])} %"
             if name == "val_pgd":
-                best, at = max(values), epochs[values.index(max(values))]
-                ends = f"best {with_interval(best, run.sizes[name])} % in epoch {at}, {ends}"
-                ax.plot(at, 100 * best, "*", color=f"C{i}", markersize=15, zorder=3)
-            plot(ax, run, name, i, f"{label}{words}: {ends}", line)
+                epoch, *best = max(run.curves[name], key=lambda point: point[1])
+                ends = f"best {with_interval(best)} % in epoch {epoch}, {ends}"
+                ax.plot(epoch, best[0], "*", color=f"C{i}", markersize=15, zorder=3)
+            line.set_label(f"{label}{words}: {ends}")
     return finish(figure, ax, runs, text, [run.sizes[name] for run in runs for name in kinds])
 
 
@@ -240,9 +216,9 @@ def weak_to_strong(runs, labels):
     figure = Figure(figsize=(WIDTH, 1.4 + 2.4 * len(runs)), layout="constrained")
     axes = figure.subplots(len(runs), sharex=True, sharey=True, squeeze=False).flat
     for ax, run, label in zip(axes, runs, labels, strict=True):
-        plot(ax, run, "label_acc", 0, "dynamic labels that are right, training batches")
-        plot(ax, run, "guide_test_acc", 1, "guide, clean test images")
-        plot(ax, run, "test_acc", 2, "target, clean test images")
+        plot(ax, run, "label_acc", 0).set_label("dynamic labels that are right, training batches")
+        plot(ax, run, "guide_test_acc", 1).set_label("guide, clean test images")
+        plot(ax, run, "test_acc", 2).set_label("target, clean test images")
         ax.set_title(fill(label, LETTERS), loc="left")
     return finish(figure, axes[0], runs, "from weak to strong", [run.sizes["test_acc"] for run in runs])
 
@@ -252,7 +228,7 @@ def caption(attack, evaluations, separator):
     rows = [evaluation.rows[attack] for evaluation in evaluations if attack in evaluation.rows]
     if len({(row.get("epsilon"), row.get("step_size")) for row in rows}) > 1:
         raise UserError(f"{attack} has another epsilon or step size in some of the files: they do not compare")
-    words = [f"ε = {pixel_units(row['epsilon'])}" for row in rows[:1] if "epsilon" in row]
+    words = [f"ε = {row['epsilon']}" for row in rows[:1] if "epsilon" in row]
     words += [f"n = {thousands(row['n'] for row in rows)}"] if rows else []
     return separator.join([ATTACKS.get(attack, attack), *words])
 
@@ -265,10 +241,9 @@ def bars(evaluations, labels):
     width = 0.84 / len(evaluations)
     for i, (evaluation, label) in enumerate(zip(evaluations, labels, strict=True)):
         places = [attacks.index(attack) + (i + 0.5) * width - 0.42 for attack in evaluation.rows]
-        heights = [100 * row["accuracy"] for row in evaluation.rows.values()]
+        heights, low, high = zip(*(row["percent"] for row in evaluation.rows.values()), strict=True)
         ax.bar(places, heights, width, label=label, hatch=HATCHES[i % len(HATCHES)], edgecolor="white")
-        for place, row in zip(places, evaluation.rows.values(), strict=True):
-            ax.plot([place, place], interval(row["accuracy"], row["n"]), "k_-", linewidth=1, markeredgecolor="k")
+        ax.vlines(places, low, high, colors="black")
     ax.set_xticks(range(len(attacks)), [caption(attack, evaluations, "\n") for attack in attacks])
     ax.grid(axis="x", visible=False)
     ax.set(ylabel="accuracy and 95 % interval (%)", ylim=(0, None))
@@ -288,9 +263,9 @@ def table(evaluations, labels):
     "All" is the mean over the attacks of Table 1, if all were measured."""
     lines = []
     for evaluation, label in zip(evaluations, labels, strict=True):
-        line = {name: with_interval(row["accuracy"], row["n"], 2) for name, row in evaluation.rows.items()}
+        line = {name: with_interval(row["percent"], 2) for name, row in evaluation.rows.items()}
         if line.keys() >= set(ALL):
-            line["all"] = f"{sum(100 * evaluation.rows[attack]['accuracy'] for attack in ALL) / len(ALL):.2f}"
+            line["all"] = f"{sum(evaluation.rows[attack]['percent'][0] for attack in ALL) / len(ALL):.2f}"
         lines.append((label, evaluation.epoch, line))
         for row in paper_rows(evaluation.settings) if "guide" not in evaluation.title else ():
             lines.append((f"paper, Table {row['table']}", "", {name: row[name] for name in ATTACKS if row.get(name)}))
@@ -306,8 +281,6 @@ def table(evaluations, labels):
 def attacked_images(args):
     """Test images drawn at random, class-balanced; their perturbation, so that -epsilon is black, 0 grey and epsilon
     white; the attacked images. An image that is misclassified without an attack stays at its random start."""
-    if not re.fullmatch(r"fgsm|cw|pgd[1-9]\d{0,3}", args.attack):
-        raise UserError(f"--attack {args.attack}: only fgsm, cw and pgd<steps>, as pgd20, can be drawn")
     content, _ = load_trained(args.checkpoint, args.target, args.dataset)
     images, indices = load_test_images(args, content)
     model = load_network(content, "target", args.checkpoint, len(images.classes))
@@ -327,20 +300,9 @@ def attacked_images(args):
             if name in ("clean", "attacked"):
                 mark, look = ("✓", {"color": "C0"}) if p.argmax() == y else ("✗", {"color": "C1", "weight": "bold"})
                 ax.set_xlabel(f"{short[p.argmax()]}\n{mark} {100 * p.max():.0f} %", **look)
-    attack = f"{ATTACKS.get(args.attack, args.attack)}, ε = {pixel_units(args.epsilon)}"
+    attack = f"{ATTACKS[args.attack]}, ε = {pixel_units(args.epsilon)}"
     figure.suptitle(f"{method_name(settings, 'weights')}, target {settings['target']}: {attack}\n{len(x)} test images")
     return figure
-
-
-def save(figure, path):
-    """The picture or text in the file `path`, complete or not at all. The same figure gives the same bytes."""
-    if isinstance(figure, str):
-        return write_text(path, figure)
-    suffix = path.suffix.lower()
-    with atomic_write(path) as partial, warnings.catch_warnings(record=True) as caught:
-        figure.savefig(partial, format=suffix[1:], metadata=UNDATED[suffix])
-    if caught:  # a letter that the font lacks
-        print(f"note: {caught[0].message}", file=sys.stderr)
 
 
 def parser():
@@ -362,7 +324,7 @@ def parser():
     add("--dataset", choices=DATASETS, help="default: the run's")
     add("--data-dir", metavar="D", help="default: the run's, else 'data'")
     add("--images", type=in_range(int, 3, 12), default=6, metavar="N", help="default: 6")
-    add("--attack", default="pgd20", help="fgsm, pgd<steps> or cw (default: pgd20)")
+    add("--attack", choices=("fgsm", "pgd10", "pgd20", "pgd50", "pgd100", "cw"), default="pgd20", help="default: pgd20")
     add("--epsilon", type=in_range(parse_fraction, 1e-3, 1), default=8 / 255, metavar="E", help="default: 8/255")
     add("--step-size", type=in_range(parse_fraction, 0, 1), default=2 / 255, metavar="A", help="default: 2/255")
     add("--seed", type=in_range(int, 0), default=0, metavar="S", help="of images and start (default: 0)")
@@ -373,7 +335,8 @@ def parser():
 def main(argv):
     args = parser().parse_args(argv)
     suffixes = [".md"] if args.kind == "table" else list(UNDATED)
-    if args.out and args.out.suffix.lower() not in suffixes:
+    suffix = args.out.suffix.lower() if args.out else ""
+    if args.out and suffix not in suffixes:
         raise UserError(f"--out {args.out}: it ends in {', '.join(suffixes)}")
     with matplotlib.rc_context(STYLE):
         if args.kind == "images":
@@ -385,8 +348,11 @@ def main(argv):
             for item in items:
                 item.settings["dataset"] = args.dataset_name or item.settings.get("dataset")
             drawn = args.draw(items, names(items, args.labels))
-        if args.out:
-            save(drawn, args.out)
+        if args.kind != "table":
+            with atomic_write(args.out) as partial:
+                drawn.savefig(partial, format=suffix[1:], metadata=UNDATED[suffix])
+        elif args.out:
+            write_text(args.out, drawn)
     print(args.out or drawn.rstrip())
 
 
