@@ -243,7 +243,7 @@ def bars(evaluations, labels):
         places = [attacks.index(attack) + (i + 0.5) * width - 0.42 for attack in evaluation.rows]
         heights, low, high = zip(*(row["percent"] for row in evaluation.rows.values()), strict=True)
         ax.bar(places, heights, width, label=label, hatch=HATCHES[i % len(HATCHES)], edgecolor="white")
-        ax.vlines(places, low, high, colors="black")
+        ax.plot([places, places], [low, high], "k_-", linewidth=1, markeredgecolor="k")
     ax.set_xticks(range(len(attacks)), [caption(attack, evaluations, "\n") for attack in attacks])
     ax.grid(axis="x", visible=False)
     ax.set(ylabel="accuracy and 95 % interval (%)", ylim=(0, None))
@@ -334,9 +334,9 @@ def parser():
 @exit_status
 def main(argv):
     args = parser().parse_args(argv)
-    suffixes = [".md"] if args.kind == "table" else list(UNDATED)
-    suffix = args.out.suffix.lower() if args.out else ""
-    if args.out and suffix not in suffixes:
+    suffixes = [".md"] if args.kind == "table" else [*UNDATED]
+    suffix = args.out.suffix.lower() if args.out else ".md"
+    if suffix not in suffixes:
         raise UserError(f"--out {args.out}: it ends in {', '.join(suffixes)}")
     with matplotlib.rc_context(STYLE):
         if args.kind == "images":

@@ -1,7 +1,6 @@
 """Kills runs at random moments, resumes them, and compares what they end in with runs that nobody stopped.
 
     python benchmarks/kills.py                  a hundred kills over all methods
-    python benchmarks/kills.py --processes 2    each run has two processes, which are killed together
 
 A run survives if the bytes of weights.pt, the networks in best.pt, the rows of log.jsonl without their times and the
 names of all files are those of the undisturbed run.
@@ -12,7 +11,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -32,38 +30,28 @@ KINDS = ("SIGKILL in a save", "SIGKILL", "SIGTERM", "SIGINT")  # one after the o
 KILLED = (-signal.SIGKILL, -signal.SIGTERM, 130)
 
 
-def train(argv, output, torchrun):
-    """What each process does."""
+def train(argv, output):
+    """What the process of a run does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-    os.environ.update({name: str(value) for name, value in torchrun.items()})
     with open(output, "w") as stream, redirect_stdout(stream), redirect_stderr(stream):
         sys.exit(train_dynat.main(argv))
 
 
-def run(argv, run_dir, world_size, kind=None, moment=0.0):
-    """Trains in `world_size` processes, which are killed after `moment` seconds: in a save, as soon as a file is being
-    written. Returns rank 0's exit status, negative where a signal ended it, its output, and how long it took."""
-    began = time.perf_counter()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-    fork, processes = multiprocessing.get_context("fork"), []  # torch is imported once
-    for rank in range(world_size):
-        torchrun |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        output = run_dir.with_name(f"rank{rank}.txt")
-        arguments = [*argv, "--resume", "--out", str(run_dir)], output, torchrun if world_size > 1 else {}
-        processes.append(fork.Process(target=train, args=arguments))
-        processes[-1].start()
+def run(method, run_dir, kind=None, moment=0.0):
+    """Trains in a process that is killed after `moment` seconds; in a save: then as soon as a file is being written.
+    Returns its exit status, negative where a signal ended it, its output, and how long it took."""
+    began, output = time.perf_counter(), run_dir.with_name("output.txt")
+    argv = [*RUN, "--method", method, "--resume", "--out", str(run_dir)]
+    process = multiprocessing.get_context("fork").Process(target=train, args=(argv, output))  # torch is imported once
+    process.start()
     if kind is not None:
         time.sleep(moment)
-        while "save" in kind and processes[0].is_alive() and not list(run_dir.glob(f".*{PARTIAL}")):
+        while "save" in kind and process.is_alive() and not list(run_dir.glob(f".*{PARTIAL}")):
             pass
-        for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, getattr(signal, kind.split()[0]))
-    for process in processes:
-        process.join()
-    return processes[0].exitcode, run_dir.with_name("rank0.txt").read_text(), time.perf_counter() - began
+        if process.is_alive():
+            os.kill(process.pid, getattr(signal, kind.split()[0]))
+    process.join()
+    return process.exitcode, output.read_text(), time.perf_counter() - began
 
 
 def ending(run_dir):
@@ -79,13 +67,13 @@ def ending(run_dir):
     }
 
 
-def survive(method, kinds, world_size, folder, moments):
+def survive(method, kinds, folder, moments):
     """Trains `method` undisturbed, and once more with kills of these kinds. Returns what differs."""
-    argv, kinds, whole, cut = [*RUN, "--method", method], list(kinds), folder / "whole", folder / "cut"
-    status, output, seconds = run(argv, whole, world_size)
+    kinds, whole, cut = list(kinds), folder / "whole", folder / "cut"
+    status, output, seconds = run(method, whole)
     while status in (0, *KILLED):
         kind = kinds[0] if kinds else None
-        status, output, taken = run(argv, cut, world_size, kind, moments.uniform(0.1, 0.8) * seconds)
+        status, output, taken = run(method, cut, kind, moments.uniform(0.1, 0.8) * seconds)
         if status in KILLED:
             kinds.pop(0)
         elif status == 0:  # it ended before it was hit
@@ -101,7 +89,6 @@ def main(argv):
     p = Parser(prog="benchmarks/kills.py", description=__doc__)
     p.add_argument("--kills", type=in_range(int, 1), default=100, help="in all")
     p.add_argument("--methods", nargs="+", choices=train_dynat.METHODS, default=[*train_dynat.METHODS], metavar="M")
-    p.add_argument("--processes", type=in_range(int, 1), default=1, help="of each run")
     args = p.parse_args(argv)
     print("  ".join(f"{name} {value}" for name, value in provenance(torch.device("cpu")).items()))
     torch.set_num_threads(1)
@@ -110,7 +97,7 @@ def main(argv):
     for i, method in enumerate(args.methods):
         kinds = [KINDS[j % len(KINDS)] for j in range(args.kills * i // n, args.kills * (i + 1) // n)]
         with tempfile.TemporaryDirectory() as folder:
-            differing = survive(method, kinds, args.processes, Path(folder), moments)
+            differing = survive(method, kinds, Path(folder), moments)
         broken += bool(differing)
         outcome = f"DIFFERS: {', '.join(differing)}" if differing else "same"
         print(f"{method:20} {', '.join(kinds)}: {outcome}", flush=True)

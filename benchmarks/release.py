@@ -6,7 +6,7 @@ thrown away, logging, DataParallel, the normalisation of PGD-AT and AT-AWP, and 
 With AWP an update takes a second network like the target, `proxy`, and always perturbs the weights.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -106,23 +106,15 @@ def trades_awp(target, optimizer, x, y, start, *, proxy, kl_weight, awp_gamma, *
         update(optimizer, loss + kl_weight * kl_divergence(target(x), adv_logits).mean())
 
 
-def pgd_at(target, optimizer, x, y, start, **budget):
-    """train_cifar10.py of robust_overfitting."""
-    x_adv = pgd(x, start, lambda x_adv: F.cross_entropy(target(x_adv), y), weights_too=True, **budget)
-    target(x_adv)  # for the loss by which the best of one restart is chosen
-    update(optimizer, F.cross_entropy(target(x_adv), y))
-    target(x)  # for the log
-
-
-def at_awp(target, optimizer, x, y, start, *, proxy, awp_gamma, **budget):
-    """AT_AWP/train_cifar10.py."""
-    x_adv = pgd(x, start, lambda x_adv: F.cross_entropy(target(x_adv), y), weights_too=True, **budget)
-    target(x_adv)  # for the loss by which the best of one restart is chosen
+def pgd_at(target, optimizer, x, y, start, *, proxy=None, awp_gamma=0.0, **budget):
+    """train_cifar10.py of robust_overfitting; with a proxy AT_AWP/train_cifar10.py."""
     objective = lambda model: F.cross_entropy(model(x_adv), y)
-    with perturbed(target, proxy, awp_gamma, objective):
-        update(optimizer, F.cross_entropy(target(x_adv), y))
+    x_adv = pgd(x, start, lambda x_adv: F.cross_entropy(target(x_adv), y), weights_too=True, **budget)
+    target(x_adv)  # for the loss by which the best of one restart is chosen
+    with perturbed(target, proxy, awp_gamma, objective) if proxy else nullcontext():
+        update(optimizer, objective(target))
     target(x)  # for the log
 
 
 RELEASES = {"dynat": dynat, "dynat-inner": dynat, "dynat-awp": dynat_awp, "dynat-inner-awp": dynat_awp}
-RELEASES |= {"pgd-at": pgd_at, "trades": trades, "at-awp": at_awp, "trades-awp": trades_awp}
+RELEASES |= {"pgd-at": pgd_at, "trades": trades, "at-awp": pgd_at, "trades-awp": trades_awp}

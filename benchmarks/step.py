@@ -1,7 +1,6 @@
-"""How long an update takes, how much memory and arithmetic, beside an update of the method's release.
+"""How long an update takes, where the time goes, and its memory, beside an update of the method's release.
 
     python benchmarks/step.py --target resnet18 --method dynat-inner --json step.json
-    python benchmarks/step.py --target resnet18 --parts               where the time goes
     for n in 1 5 10 20; do python benchmarks/step.py --target wrn10-2 --guide cnn --steps $n; done
 
 Takes the flags of train_dynat.py that change an update. Ours is `train()` itself; after each of its epochs the release
@@ -16,7 +15,6 @@ import os
 import shlex
 import sys
 import tempfile
-import timeit
 from contextlib import redirect_stdout
 from itertools import accumulate
 from pathlib import Path
@@ -29,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import train_dynat
@@ -79,61 +76,38 @@ def release_step(settings, images):
     return step
 
 
-def matmul_rate(device, precision):
-    """FLOP/s of the product of two large square matrices: about the most that the device can do."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    product = lambda: (a @ b, torch.get_device_module(device).synchronize())
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    seconds = min(timeit.repeat(product, number=1, repeat=10))
-    torch.backends.cuda.matmul.fp32_precision = "ieee"  # as in `numerics`
-    return 2 * size**3 / seconds
-
-
-def flop_of(run, settings):
-    """Floating-point operations of run(settings): convolutions and matrix products, a multiply-add as two."""
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = mock.MagicMock(parents=["Global"])  # torch's refuses `autograd.grad` on images
-    with counter:
-        run({**settings, "compile": False})  # a compiled network's operations are not torch's own
-    return counter.get_total_flops()
-
-
-def peak_bytes(run, settings, device):
-    """The most bytes of tensors at once during run(settings), on top of those before it."""
+def peak_bytes(run, device):
+    """The most bytes of tensors at once during run(), on top of those before it."""
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        run(settings)
+        run()
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(settings)
+        run()
     events = profiler.profiler.kineto_results.events()
     return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
-def compare(settings, images, repeats, with_release):
-    """The figures by side. Ours and the release are timed in turn, after a warm-up."""
+def compare(settings, images, repeats):
+    """The figures of ours and, if it is written down, of the release. They are timed in turn, after a warm-up."""
     device, updates = images.x.device, len(images.y) / settings["batch_size"]
     batch = images.select(slice(settings["batch_size"]))
     x, steps = to_float(batch.x), [train_dynat.METHODS[settings["method"]]["step"]]
     # Two updates from nothing: in the second one the momentum is there.
-    two_updates = {"ours": lambda changed: train(changed, batch, steps[:1] * 2)}
-    if with_release:
+    two_updates = {"ours": lambda: train(settings, batch, steps[:1] * 2)}
+    if settings["method"] in release.RELEASES and not settings.get("static_labels"):
         steps.append(release_step(settings, images))
-        two_updates["release"] = lambda _: [step(x, batch.y, x) for step in [release_step(settings, images)] * 2]
+        two_updates["release"] = lambda: [step(x, batch.y, x) for step in [release_step(settings, images)] * 2]
     log = train(settings, images, steps * (repeats + 1))[len(steps) :]
     found = {}
     for i, (side, run) in enumerate(two_updates.items()):
         seconds = [row["seconds"] / updates for row in log[i :: len(steps)]]
-        flop, peak = flop_of(run, settings) // 2, peak_bytes(run, settings, device)
-        share = flop / median(seconds) / matmul_rate(device, settings["precision"] if side == "ours" else "fp32")
-        found[side] = {"seconds_per_update": median(seconds), "seconds_per_update_all": seconds}
-        found[side] |= {"flop_per_update": flop, "share_of_matmul_rate": share, "peak_bytes": peak}
-        print(f"{side:8} {median(seconds):.4f} s/update  {flop / 1e9:.1f} GFLOP/update  "
-              f"{share:.0%} of a matrix product's rate  peak {peak / 2**20:.0f} MiB")  # fmt: skip
-    if with_release:
+        peak = peak_bytes(run, device)
+        found[side] = {"seconds_per_update": median(seconds), "seconds_per_update_all": seconds, "peak_bytes": peak}
+        print(f"{side:8} {median(seconds):.4f} s/update  peak {peak / 2**20:.0f} MiB")
+    if "release" in found:
         ratios = [theirs["seconds"] / ours["seconds"] for ours, theirs in zip(log[::2], log[1::2], strict=True)]
         found |= {"speedup": median(ratios), "speedup_all": ratios}
         print(f"speed-up {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
@@ -144,6 +118,7 @@ def parts(settings, images):
     """Our seconds per update: all PGD steps, the guide's forward, the rest of the step, and the rest of the loop, which
     is above all the batches. A GPU is waited for after each, so their sum may exceed an update's time."""
     step = train_dynat.METHODS[settings["method"]]["step"]
+    attacks = {name: step.__globals__[name] for name in ("linf_pgd", "counting_pgd") if name in step.__globals__}
 
     class Part(record_function):
         def __exit__(self, *error):
@@ -157,12 +132,11 @@ def parts(settings, images):
         with mock.patch.dict(step.__globals__, recorded), Part("step"):
             return step(**arguments)
 
-    attacks = {name: step.__globals__[name] for name in ("linf_pgd", "counting_pgd") if name in step.__globals__}
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         _, row = train(settings, images, [step, recorded_step])  # the first epoch warms up
     seconds = {event.key: event.cpu_time_total / 1e6 for event in profiler.key_averages()}
-    attack, guide, step = (seconds.get(name, 0.0) for name in ("attack", "guide", "step"))
-    found = {"attack": attack, "guide": guide, "update": step - attack - guide, "data": row["seconds"] - step}
+    attack, guide, whole = (seconds.get(name, 0.0) for name in ("attack", "guide", "step"))
+    found = {"attack": attack, "guide": guide, "update": whole - attack - guide, "data": row["seconds"] - whole}
     found = {name: total * settings["batch_size"] / len(images.y) for name, total in found.items()}
     print("  ".join(f"{name} {seconds:.4f} s" for name, seconds in found.items()))
     return found
@@ -173,8 +147,6 @@ def main(argv):
     p = Parser(prog="benchmarks/step.py", description=__doc__)
     p.add_argument("--updates", type=in_range(int, 1), default=5, metavar="N", help="timed together")
     p.add_argument("--repeats", type=in_range(int, 1), default=5, metavar="N", help="of ours and the release, in turn")
-    p.add_argument("--no-release", action="store_true", help="ours alone")
-    p.add_argument("--parts", action="store_true", help="time by part as well")
     p.add_argument("--json", type=Path, metavar="FILE", help="keep the figures there, with command, commit and device")
     args, rest = p.parse_known_args(argv)
     settings, first, _ = train_dynat.parse(rest)
@@ -183,14 +155,12 @@ def main(argv):
     device = pick_device(first.device)
     train_dynat.check_device(settings, device)
     settings |= {name: first for name, first in {"awp_start": 1, "burn_in": 0}.items() if name in settings}
-    with_release = settings["method"] in release.RELEASES and not (args.no_release or settings.get("static_labels"))
     images = class_balanced_subset(load_images("tiny", "train"), args.updates * settings["batch_size"], 1).to(device)
     found = {"command": shlex.join(["python", "benchmarks/step.py", *argv]), **provenance(device)}
     print(f"{found['device']}, torch {found['torch']}, commit {found['commit']}")
     with numerics(deterministic=settings["deterministic"], benchmark=not settings["deterministic"]):
-        found |= compare(settings, images, args.repeats, with_release)
-        if args.parts:
-            found["parts"] = parts(settings, images)
+        found |= compare(settings, images, args.repeats)
+        found["parts"] = parts(settings, images)
     if args.json:
         write_text(args.json, json.dumps(found, indent=1) + "\n")
 
