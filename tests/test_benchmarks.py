@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT
-from torch import nn
 
 import train_dynat
 from benchmarks import release, step
@@ -34,40 +33,31 @@ def trained(method, make_step):
 def test_the_transcription_makes_the_same_weights_as_the_step(method):
     ours = trained(method, lambda *_: train_dynat.METHODS[method]["step"])
     theirs = trained(method, step.release_step)
-    if method in ("dynat-inner", "dynat-awp", "dynat-inner-awp"):  # they forward the guide more often
+    if method in ("dynat-inner", "dynat-awp", "dynat-inner-awp"):
+        forwards = "bn1.num_batches_tracked"
+        assert theirs["guide"][forwards] > ours["guide"][forwards]  # their guide computes its labels more often
         for name in [name for name in ours["guide"] if "running" in name or "tracked" in name]:
             del ours["guide"][name], theirs["guide"][name]
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-9)
 
 
-def test_flop_are_those_of_the_shapes_forward_and_backward():
-    conv, x = nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.rand(2, 3, 16, 16)
-    forward = 2 * (2 * 16 * 16 * 8) * (3 * 9)
-    assert step.flop_of(lambda _: conv(x), {}) == forward
-    assert step.flop_of(lambda _: conv(x).sum().backward(), {}) == 2 * forward  # the weights' gradient alone
-    assert step.flop_of(lambda _: torch.autograd.grad(conv(x.requires_grad_()).sum(), x), {}) == 2 * forward
-
-
 def test_the_peak_is_the_most_held_at_once_and_not_the_sum():
-    run = lambda _: all(len(torch.ones(1000) + torch.ones(1000).sum()) for _ in range(5))  # two vectors and a scalar
-    assert step.peak_bytes(run, {}, torch.device("cpu")) == 8004
+    run = lambda: all(len(torch.ones(1000) + torch.ones(1000).sum()) for _ in range(5))  # two vectors and a scalar
+    assert step.peak_bytes(run, torch.device("cpu")) == 8004
 
 
-@pytest.mark.parametrize("method", ["dynat-inner", "gairat"])  # with a transcribed release, and without one
-def test_the_benchmark_writes_what_it_measured_and_nothing_else(tmp_path, monkeypatch, method):
-    monkeypatch.setattr(step, "matmul_rate", lambda *_: 1e9)
-    argv = [*TOY, "--updates", "1", "--repeats", "2", "--parts", "--json", str(tmp_path / "step.json")]
-    argv += ["--method", method, *(["--guide", "cnn"] if method == "dynat-inner" else [])]
+@pytest.mark.parametrize("method", ["dynat-inner --guide cnn", "gairat"])  # with a transcribed release, and without one
+def test_the_benchmark_writes_what_it_measured_and_nothing_else(tmp_path, method):
+    argv = [*TOY, "--updates", "1", "--repeats", "2", "--json", str(tmp_path / "step.json"), "--method", *method.split()]
     assert step.main(argv) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
     found = json.loads((tmp_path / "step.json").read_text())
-    with_release = method == "dynat-inner"
+    with_release = method != "gairat"
     assert found["command"].startswith("python benchmarks/step.py --target cnn")
     assert ("release" in found) == ("speedup" in found) == with_release
     for side in [side for side in ("ours", "release") if side in found]:
         assert len(found[side].pop("seconds_per_update_all")) == 2
         assert all(math.isfinite(value) and value > 0 for value in found[side].values())
-    if with_release:  # it calls the guide at every PGD step as well
-        assert found["release"]["flop_per_update"] > found["ours"]["flop_per_update"]
     measured = [found["parts"][part] > 0 for part in ("attack", "guide", "update", "data")]
     assert measured == [True, with_release, True, True]
 

@@ -2,14 +2,12 @@
 
 import json
 import os
-from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 
 import checkpoints
 import figures
@@ -21,7 +19,11 @@ LOG = [
      "guide_test_acc": 0.14 * epoch, "val_clean": 0.11 * epoch, "val_pgd": [0.2, 0.45, 0.5, 0.375][epoch - 1]}
     for epoch in (1, 2, 3, 4)
 ]  # fmt: skip
+del LOG[2]["test_acc"]  # an epoch without a test
 CORRECT = {"clean": 893, "pgd10": 529, "pgd20": 518, "pgd50": 515, "cw": 509, "aa": 492}
+runs_in = lambda *folders: figures.read_all(figures.read_run, folders)
+networks_in = lambda *paths: figures.read_all(figures.read_evaluation, paths)
+percent_interval = lambda hits, n: [100 * end for end in wilson(hits, n)]
 
 
 def make_run(folder, log=LOG, train=300, **settings):
@@ -44,18 +46,6 @@ def make_json(path, correct=CORRECT, network="target", n=1000, epsilon=8 / 255, 
     return path
 
 
-def runs_in(*folders):
-    return figures.read_all(figures.read_run, folders)
-
-
-def networks_in(*paths):
-    return figures.read_all(figures.read_evaluation, paths)
-
-
-def percent_interval(hits, n):
-    return [100 * end for end in wilson(hits, n)]
-
-
 @pytest.mark.parametrize(("draw", "names"), [
     (figures.convergence, ["train_acc", "test_acc"]),
     (figures.clean, ["test_acc"]),
@@ -64,19 +54,14 @@ def percent_interval(hits, n):
 ])  # fmt: skip
 def test_the_values_drawn_are_those_of_the_log(tmp_path, draw, names):
     (ax,) = draw(runs_in(make_run(tmp_path / "run")), ["DYNAT"]).axes
-    curves = [list(line.get_ydata()) for line in ax.get_lines() if len(line.get_xdata()) == 4]
-    assert curves == [pytest.approx([100 * row[name] for row in LOG]) for name in names]
-
-
-def test_epochs_without_a_test_are_left_out(tmp_path):
-    log = [{name: value for name, value in row.items() if name != "test_acc" or row["epoch"] % 2 == 0} for row in LOG]
-    (run,) = runs_in(make_run(tmp_path / "run", log))
-    assert figures.curve(run, "test_acc") == ((2, 4), (0.24, 0.48))
+    curves = [line.get_data() for line in ax.get_lines() if line.get_marker() != "*"]
+    logged = [[(row["epoch"], 100 * row[name]) for row in LOG if name in row] for name in names]
+    assert [[*zip(*curve, strict=True)] for curve in curves] == logged
 
 
 def test_bands_and_legends_are_intervals_of_the_images_behind_an_accuracy(tmp_path):
     (run,) = runs_in(make_run(tmp_path / "run"))
-    assert run.sizes == {"train_acc": 300, "test_acc": 1000, "guide_test_acc": 1000, "val_pgd": 200}
+    assert run.sizes.items() >= {"train_acc": 300, "test_acc": 1000, "guide_test_acc": 1000, "val_pgd": 200}.items()
     assert runs_in(make_run(tmp_path / "more", train=3000))[0].sizes["train_acc"] == 1000
     (ax,) = figures.overfitting([run], ["DYNAT"]).axes
     low, high = percent_interval(100, 200)
@@ -177,24 +162,15 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["clean.png", "convergence.pdf", "weak-to-strong.svg", "overfitting.PNG", "bars.svg", "images.png"]
 )
-def test_every_picture_is_complete_and_the_only_file(tmp_path, checkpoint, kind):
+def test_every_picture_is_the_only_file_and_of_the_same_bytes_each_time(tmp_path, checkpoint, kind):
     sources = {"bars.svg": make_json(tmp_path / "a.json"), "images.png": checkpoint}
     words = [kind.split(".")[0], str(sources.get(kind) or make_run(tmp_path / "a")), "--out"]
     out = tmp_path / "pictures" / kind
     out.parent.mkdir()
     assert figures.main([*words, str(out)]) == 0 and list(out.parent.iterdir()) == [out]
-    if out.suffix.lower() == ".png":
-        assert len(Image.open(out).convert("L").getcolors()) > 20
-        return
     content = out.read_bytes()
-    assert content.endswith(b"%%EOF\n") or len(list(ElementTree.fromstring(content).iter())) > 50
-    assert figures.main([*words, str(out)]) == 0 and out.read_bytes() == content  # the same numbers, the same bytes
-
-
-def test_letters_that_the_font_lacks_are_one_note(tmp_path, capsys):
-    figures.main(["clean", str(make_run(tmp_path / "run")), "--labels", "中文字", "--out", str(tmp_path / "a.png")])
-    err = capsys.readouterr().err
-    assert err.startswith("note: ") and err.count("\n") == 1
+    assert len(content) > 5000
+    assert figures.main([*words, str(out)]) == 0 and out.read_bytes() == content
 
 
 def test_the_perturbation_is_magnified_so_that_epsilon_is_white_and_half_of_it_light(checkpoint, monkeypatch):
@@ -208,53 +184,35 @@ def test_the_perturbation_is_magnified_so_that_epsilon_is_white_and_half_of_it_l
         assert mark == ("✓" if guess == ax.get_title() else "✗")
 
 
-def one_line(arguments, says, capsys):
-    assert figures.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '{"epoch": 2}', '{"epoch": 1, "test_acc": NaN}', '{"epoch": 1, "te'])
-def test_a_damaged_log_gives_one_line(tmp_path, capsys, text):
-    run = make_run(tmp_path / "run")
-    (run / "log.jsonl").write_text(text)
-    one_line(["clean", str(run), "--out", str(tmp_path / "a.png")], str(run), capsys)
-
-
-BAD = {"n": [0, 10**400, True], "correct": [1001, "1"], "accuracy": [0.5, float("nan")], "attack": [3],
-       "epsilon": ["8/255", float("inf")]}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_damaged_result_gives_one_line(tmp_path, capsys, name):
-    path = make_json(tmp_path / "a.json")
-    report = json.loads(path.read_text())
-    for value in BAD[name]:
-        report["results"][1][name] = value
-        path.write_text(json.dumps(report))
-        one_line(["table", str(path)], "a.json is damaged", capsys)
-
-
 @pytest.mark.parametrize(("arguments", "says"), [
-    ("clean pipe --out a.png", "there is no file pipe/log.jsonl"),
-    ("clean run --out a.gif", ".png, .pdf, .svg"),
     ("clean run --out a.png --labels A B", "--labels gives 2 names to 1 networks"),
-    ("clean run run --out a.png", "--labels"),
+    ("clean pipe --out a.png", "there is no file pipe/log.jsonl"),
+    ("clean empty --out a.png", "the log of empty has no test_acc"),
+    ("clean cut --out a.png", "cut is damaged"),
+    ("clean nan --out a.png", "nan is damaged"),
     ("overfitting plain --out a.png", "plain has no val_pgd: train with --val-images"),
     ("bars 4.json 8.json --out a.png", "pgd10 has another epsilon"),
     ("table 4.json 4.json", "--labels"),
     ("table run", "there are no results in run"),
-    ("table 4.json --out 4.json", "it ends in .md"),
-    ("images run --out a.png --attack aa", "only fgsm, cw and pgd<steps>"),
+    ("table n.json", "n.json is damaged"),
+    ("table correct.json", "correct.json is damaged"),
+    ("table epsilon.json", "epsilon.json is damaged"),
 ])  # fmt: skip
-def test_a_mistake_gives_one_line_and_no_file(tmp_path, monkeypatch, capsys, arguments, says):
+def test_a_mistake_or_a_damaged_file_gives_one_line_and_no_file(tmp_path, monkeypatch, capsys, arguments, says):
     monkeypatch.chdir(tmp_path)
+    plain, nan = {"epoch": 1, "test_acc": 0.5}, {"epoch": 1, "test_acc": float("nan")}
+    for name, log in {"run": LOG, "plain": [plain], "nan": [nan], "empty": [], "cut": LOG, "pipe": LOG}.items():
+        make_run(tmp_path / name, log)
+    (tmp_path / "cut" / "log.jsonl").write_text('{"epoch": 1, "te')
+    (tmp_path / "pipe" / "log.jsonl").unlink()
+    os.mkfifo(tmp_path / "pipe" / "log.jsonl")
     for i in (4, 8):
         make_json(tmp_path / f"{i}.json", epsilon=i / 255, run=str(i))
-    make_run(tmp_path / "run")
-    make_run(tmp_path / "plain", log=[{"epoch": 1, "test_acc": 0.5}])
-    (make_run(tmp_path / "pipe") / "log.jsonl").unlink()
-    os.mkfifo(tmp_path / "pipe" / "log.jsonl")
+    for name, value in {"n": 0, "correct": 1001, "epsilon": "8/255"}.items():
+        report = json.loads((tmp_path / "4.json").read_text())
+        report["results"][1][name] = value
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
     before = sorted(tmp_path.rglob("*"))
-    one_line(arguments.split(), says, capsys)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert figures.main(arguments.split()) == 2 and sorted(tmp_path.rglob("*")) == before
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
