@@ -51,9 +51,7 @@ thousands = lambda numbers: " / ".join(f"{n:,}" for n in sorted(set(numbers)))
 
 
 def measured(accuracy, n):
-    """An accuracy on n images and both ends of its 95 % interval, in percent. Raises ValueError if it is none."""
-    if not 0 <= accuracy <= 1:  # as NaN is not
-        raise ValueError(f"{accuracy} is no accuracy")
+    """An accuracy on n images and both ends of its 95 % interval, in percent. Raises ValueError if it cannot be one."""
     return tuple(100 * share for share in (accuracy, *wilson(round(accuracy * n), n)))
 
 
@@ -128,14 +126,12 @@ def read_all(read_one, paths):
 
 
 def names(items, labels):
-    """What to call each: `labels`, or the method, with its source if several have the same. Raises UserError if two
-    have the same name."""
+    """What to call each: `labels`, or the method, with its source if several have the same. Raises UserError unless
+    there is a name for each and no two are the same."""
     titles = [item.title for item in items]
     found = labels or [f"{i.title}, {i.source}" if titles.count(i.title) > 1 else i.title for i in items]
-    if len(found) != len(items):
-        raise UserError(f"--labels gives {len(found)} names to {len(items)} networks")
-    if len(set(found)) < len(found):
-        raise UserError("several of them have one name: name them apart with --labels A B ...")
+    if not len(set(found)) == len(found) == len(items):
+        raise UserError(f"the names are {', '.join(found)}: give {len(items)} different ones with --labels A B ...")
     return found
 
 
@@ -285,7 +281,7 @@ def attacked_images(args):
     images, indices = load_test_images(args, content)
     model = load_network(content, "target", args.checkpoint, len(images.classes))
     x, settings = to_float(images.x), content["settings"]
-    budget = {name: getattr(args, name) for name in ("epsilon", "step_size", "seed")}
+    budget = {"epsilon": args.epsilon, "step_size": args.step_size, "seed": args.seed}
     x_adv = attack_batch(model, args.attack, x, images.y, indices, **budget)
     short = [fill(name.replace("_", " "), 10, max_lines=2, placeholder="…") for name in images.classes]
     figure = Figure(figsize=(0.9 + 1.05 * len(x), 5.2), layout="constrained")

@@ -48,7 +48,8 @@ def test_the_peak_is_the_most_held_at_once_and_not_the_sum():
 
 @pytest.mark.parametrize("method", ["dynat-inner --guide cnn", "gairat"])  # with a transcribed release, and without one
 def test_the_benchmark_writes_what_it_measured_and_nothing_else(tmp_path, method):
-    argv = [*TOY, "--updates", "1", "--repeats", "2", "--json", str(tmp_path / "step.json"), "--method", *method.split()]
+    argv = [*TOY, "--method", *method.split(), "--updates", "1", "--repeats", "2"]
+    argv += ["--json", str(tmp_path / "step.json")]
     assert step.main(argv) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
     found = json.loads((tmp_path / "step.json").read_text())

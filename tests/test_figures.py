@@ -185,14 +185,14 @@ def test_the_perturbation_is_magnified_so_that_epsilon_is_white_and_half_of_it_l
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    ("clean run --out a.png --labels A B", "--labels gives 2 names to 1 networks"),
+    ("clean run --out a.png --labels A B", "the names are A, B: give 1 different ones with --labels"),
     ("clean pipe --out a.png", "there is no file pipe/log.jsonl"),
     ("clean empty --out a.png", "the log of empty has no test_acc"),
     ("clean cut --out a.png", "cut is damaged"),
     ("clean nan --out a.png", "nan is damaged"),
     ("overfitting plain --out a.png", "plain has no val_pgd: train with --val-images"),
     ("bars 4.json 8.json --out a.png", "pgd10 has another epsilon"),
-    ("table 4.json 4.json", "--labels"),
+    ("table 4.json 4.json", "the names are DYNAT, 4/last, DYNAT, 4/last: give 2 different ones with --labels"),
     ("table run", "there are no results in run"),
     ("table n.json", "n.json is damaged"),
     ("table correct.json", "correct.json is damaged"),
