@@ -4,7 +4,6 @@ status 2, no traceback, nothing overwritten and no litter."""
 import io
 import json
 import os
-import resource
 import shlex
 import shutil
 import sys
@@ -18,7 +17,6 @@ import torch
 from PIL import Image
 
 import checkpoints
-import cli
 import data
 import evaluate
 import figures
@@ -26,17 +24,18 @@ import train_dynat
 
 SHORT = "--dataset tiny --train-images 40 --epochs 1 --steps 1 --device cpu"
 FOLDER = "--dataset folder --data-dir photos --target cnn --guide cnn --epochs 1 --steps 1 --device cpu --out own"
-RESUME = "--resume --out run --epochs 2 --device cpu"
+RESUME = "--resume --out run --epochs 3 --device cpu"
 EVALUATE = "run/last.pt --attacks clean --device cpu"
+BARE = "run/weights.pt --target cnn --dataset tiny"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run of one epoch."""
+    """A finished run of two epochs."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "TINY_SIZE", {"train": 200, "test": 40})
-        assert train_dynat.main([*SHORT.split(), "--val-images", "20", "--ema", "0.9", "--out", str(run_dir)]) == 0
+        assert train_dynat.main(f"{SHORT} --epochs 2 --val-images 20 --ema 0.9 --out {run_dir}".split()) == 0
     return run_dir
 
 
@@ -65,7 +64,6 @@ def error_of(finished, tmp_path, monkeypatch, capfd):
 
 TRAIN = {
     "--epoch 3": "unrecognized arguments: --epoch",  # no abbreviations: a typo is never another flag
-    "--method trades --guide cnn": "--method trades does not use --guide: leave it out",
     "--epsilon 8/0": "--epsilon: '8/0' is not a number like 0.031 or 8/255",
     f"--lr 1{'0' * 400}/3": "is not a number like",
     "--epsilon 8": "--epsilon: 8 is out of range: it must be between 0 and 1",
@@ -80,12 +78,24 @@ TRAIN = {
     "--dataset tiny --val-images 200": "200 images held out of 200 leave none to train on",
     "--dataset folder": "--dataset folder needs --data-dir",
     f"{SHORT} --out run": "run exists already: continue it with --resume, or choose",
+    "--resume --out run --beta 2": "the beta of the run in run was 1.0, is 2.0: leave that flag out",
+    "--resume --out run --epochs 1": "the run in run has 2 epochs already: give more --epochs",
     f"{SHORT} --out run/log.jsonl/a": "a cannot be made (Not a directory): choose another --out",
     f"{SHORT} --out {'a' * 300}": "File name too long",
 }
 OTHERS = {
     "run/last.pt --eps 8/255": "unrecognized arguments: --eps",
-    "run/last.pt --images 0": "--images: 0 is out of range: it must be at least 1",
+    "run/last.pt --images 41": "there are only 40",
+    "run/last.pt --attacks clean,pdg20": "unknown attack 'pdg20': choose from clean",
+    "run/last.pt --attacks pgd0": "unknown attack 'pgd0'",
+    "run/last.pt --attacks ,": "--attacks names no attack",
+    "run/last.pt --target wrn10-1": "is cnn, not wrn10-1",
+    "run/last.pt --json none/figures.json": "in a folder that exists",
+    "run/last.pt --json run/last.pt": "a name that ends in .json",
+    "run/last.pt --protocol paper --epsilon 0.031 --images 9": "leave out --epsilon 0.031 and --images 9",
+    "run/weights.pt": "holds bare weights: say --target NAME and --dataset NAME",
+    f"{BARE} --network guide": "holds no guide",
+    f"{BARE} --weights ema": "holds no averaged weights: train with --ema",
     "none.pt": "there is no file none.pt",
     "clean run --label a --out a.png": "unrecognized arguments: --label",
     "clean none --out a.png": "there is no file none/config.json",
@@ -187,7 +197,7 @@ UNFINISHED = {
 def test_a_checkpoint_that_is_well_formed_but_not_a_whole_run_is_refused(argv, foreign, error_of):
     for says, changes in foreign.items():
         for path, value in changes:
-            whole = content = checkpoints.load("run/best.pt")  # the same as last.pt
+            whole = content = checkpoints.load("run/best.pt")  # as whole as last.pt
             *keys, last = [int(key) if key.isdigit() else key for key in path.split("/")]
             for key in keys:
                 content = content[key]
@@ -201,32 +211,7 @@ def test_a_pipe_in_the_place_of_a_log_or_configuration_does_not_stop_a_resume(er
         Path("run", name).unlink()
         os.mkfifo(Path("run", name))
     assert train_dynat.main(shlex.split(RESUME)) == 0
-    assert json.loads(Path("run/config.json").read_text())["settings"]["epochs"] == 2
-
-
-def test_only_all_variables_of_torchrun_make_a_process_one_of_several(error_of, monkeypatch):
-    for name in cli.TORCHRUN:
-        with monkeypatch.context() as patch:
-            patch.setenv(name, "1")
-            assert "201 images are asked for" in error_of(f"{SHORT} --train-images 201")
-
-
-def test_a_full_disk_loses_nothing(error_of, monkeypatch, capfd):
-    save_run, limits = checkpoints.save_run, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def full(*args, **kwargs):
-        if args[1]["epoch"] == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        save_run(*args, **kwargs)
-
-    monkeypatch.setattr(checkpoints, "save_run", full)
-    try:
-        assert train_dynat.main(f"{SHORT} --epochs 2 --out full".split()) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert capfd.readouterr().err.startswith("error: cannot write full/last.pt: ")
-    assert sorted(os.listdir("full")) == ["config.json", "last.pt", "log.jsonl", "weights.pt"]
-    assert checkpoints.load_run("full/last.pt")["epoch"] == 1
+    assert json.loads(Path("run/config.json").read_text())["settings"]["epochs"] == 3
 
 
 def test_a_pipe_that_ends_names_what_was_kept(error_of, monkeypatch, capfd):
@@ -258,7 +243,7 @@ def test_main_also_in_a_thread_leaves_nothing_behind_and_restores_torch(error_of
         return precisions, modes, torch.get_rng_state().tolist()
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    before, statuses = state(), []
+    before, files, statuses = state(), sorted(os.listdir("run")), []
     for main, argv in ((train_dynat.main, f"{SHORT} --train-images 201 --out a"), (evaluate.main, EVALUATE),
                        (train_dynat.main, f"{SHORT} --no-deterministic --out b")):  # fmt: skip
         thread = threading.Thread(target=lambda main=main, argv=argv: statuses.append(main(argv.split())))
@@ -266,4 +251,4 @@ def test_main_also_in_a_thread_leaves_nothing_behind_and_restores_torch(error_of
         thread.join()
         assert state() == before
     torch.use_deterministic_algorithms(False)
-    assert statuses == [2, 0, 0] and sorted(os.listdir()) == ["b", "run"]
+    assert statuses == [2, 0, 0] and sorted(os.listdir()) == ["b", "run"] and sorted(os.listdir("run")) == files

@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from unittest.mock import Mock
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from cases import counted_accuracy, mutant
 from torch import nn
+from torchvision.transforms import Normalize
 
 import checkpoints
 import cli
@@ -41,9 +42,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def model(run):
     """The run's guide: right about most clean images, and easily fooled."""
-    model = build_model("cnn", 10)
-    model.load_state_dict(checkpoints.load(run / "last.pt")["guide"])
-    return model.eval().requires_grad_(False)
+    return checkpoints.load_network(checkpoints.load(run / "last.pt"), "guide", run, 10)
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +50,11 @@ def images():
     return class_balanced_subset(load_images("tiny", "test"), 40, 0)
 
 
-class Changed(nn.Module):
-    """model, with something done to its images or to its logits."""
-
-    def __init__(self, model, before=lambda x: x, after=lambda z: z):
-        super().__init__()
-        self.model, self.before, self.after = model, before, after
-
-    def forward(self, x):
-        return self.after(self.model(self.before(x)))
-
-
 # The attacks
 
 
-def masks_under(model, images, names, **settings):
-    settings = {**BUDGET, "batch_size": 20, "seed": 0, **settings}
-    return {name: robustness.still_correct(model, images, name, **settings) for name in names}
-
-
-def test_accuracy_under_attack_is_below_clean_accuracy(model, images):
-    masks = masks_under(model, images, ("clean", "fgsm", "pgd1", "pgd10", "cw"))
-    clean, fgsm, pgd1, pgd10, cw = (float(mask.double().mean()) for mask in masks.values())
-    assert clean == pytest.approx(counted_accuracy(model, images)) and clean > 0.5
-    assert max(pgd10, cw) < pgd1 < clean and fgsm < clean
+def mask_under(model, images, name, **settings):
+    return robustness.still_correct(model, images, name, **{**BUDGET, "batch_size": 20, "seed": 0, **settings})
 
 
 def check_stays_fooled(attack, model, images):
@@ -115,20 +95,17 @@ def test_fgsm_is_one_step_of_epsilon_uphill(model, images):
     assert F.cross_entropy(model(x_adv), y) > F.cross_entropy(model(x), y) + 0.1
 
 
-def test_starts_depend_on_seed_attack_and_index_alone(images):
-    """They are the uniform starts of blocks of 32 images, whichever images are attacked, and fill the ball."""
-    x, key = to_float(images.x), (0, "pgd20")
-    starts = robustness.starts(x, torch.arange(40), 8 / 255, key)
+@pytest.mark.parametrize(("name", "attack", "steps"), [("pgd4", robustness.pgd, 4), ("cw", robustness.cw, 20)])
+def test_starts_depend_on_seed_attack_and_index_alone(name, attack, steps, model, images):
+    """They are the uniform starts of blocks of 32 images, whichever images are attacked."""
+    x, indices, key = to_float(images.x), torch.arange(40), (3, name)
     blocks = [torch.rand(32, 3, 32, 32, generator=make_generator("cpu", *key, block)) for block in (0, 1)]
-    assert torch.equal(starts, (x + 8 / 255 * (2 * torch.cat(blocks)[:40] - 1)).clamp(0, 1))
-    assert starts.is_contiguous(memory_format=torch.channels_last), "the memory format of x"
-    for part in (slice(7, 9), slice(30, 40), [39, 2, 33, 0]):
-        assert torch.equal(robustness.starts(x[part], torch.arange(40)[part], 8 / 255, key), starts[part])
-    for other in ((1, "pgd20"), (0, "pgd10")):
-        assert not torch.equal(robustness.starts(x, torch.arange(40), 8 / 255, other), starts)
-    shift = starts - x
-    assert F.pdist(shift.flatten(1)).min() > 0.1, "two images share a start"
-    assert 7.9 / 255 < shift.abs().max() <= 8 / 255 + 1e-7
+    starts = (x + 8 / 255 * (2 * torch.cat(blocks)[:40] - 1)).clamp(0, 1)
+    for part in (slice(40), slice(7, 9), slice(30, 40), [39, 2, 33, 0]):
+        found = robustness.starts(x[part], indices[part], 8 / 255, key)
+        assert torch.equal(found, starts[part]) and found.is_contiguous(memory_format=torch.channels_last)
+    x_adv = robustness.drop_fooled(attack, model, x, images.y, starts, **BUDGET, steps=steps)
+    assert torch.equal(robustness.attack_batch(model, name, x, images.y, indices, **BUDGET, seed=3), x_adv)
 
 
 class Alone(nn.Module):
@@ -161,53 +138,40 @@ def test_dropping_fooled_images_is_the_plain_attack_without_forwards_in_vain(att
 
 @pytest.mark.parametrize("name", ["clean", "fgsm", "pgd4", "cw"])
 def test_still_correct_depends_on_neither_batch_size_nor_selection(name, model, images):
-    judge = lambda **settings: masks_under(Alone(model), images, [name], step_size=1 / 255, **settings)[name]
+    judge = lambda **settings: mask_under(Alone(model), images, name, step_size=1 / 255, **settings)
     mask, indices = judge(batch_size=1000), torch.tensor([3, 39, 31, 32, 8])
     assert mask.shape == (40,) and mask.dtype == torch.bool and 0 < mask.sum() < 40
     assert torch.equal(mask, judge(batch_size=7))
     assert torch.equal(mask[indices], judge(batch_size=2, indices=indices))
     assert judge(indices=indices[:0]).shape == (0,)
-    if name in ("pgd4", "cw"):  # with steps of 0 an attack ends where it starts
-        x, budget = to_float(images.x), {"epsilon": 8 / 255, "step_size": 0, "seed": 3}
-        x_adv = robustness.attack_batch(model, name, x, images.y, torch.arange(40), **budget)
-        assert torch.equal(x_adv, robustness.starts(x, torch.arange(40), 8 / 255, (3, name)))
 
 
-def test_attacks_run_in_eval_mode_and_leave_the_network_untouched(model, images):
-    """Modes, weights, BatchNorm buffers, gradients and the global random state are as before."""
-    model.train().requires_grad_(True)
+@pytest.mark.parametrize("name", ["clean", "fgsm", "pgd2", "cw"])
+def test_an_attack_runs_in_eval_mode_and_puts_each_mode_back(name, model, images):
+    model.train()
     model.bn2.eval()
-    modes = [part.training for part in model.modules()]
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    random_state, seen = torch.get_rng_state(), []
-    listener = model.bn1.register_forward_hook(lambda *_: seen.append(model.bn1.training))
-    masks_under(model, images, ("clean", "fgsm", "pgd2", "cw"))
-    listener.remove()
-    assert seen and not any(seen), "train mode"
+    modes, seen = [part.training for part in model.modules()], []
+    model.bn1.register_forward_hook(lambda *_: seen.append(model.bn1.training))
+    mask_under(model, images, name)
+    assert seen and not any(seen)
     assert [part.training for part in model.modules()] == modes
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert all(weight.grad is None for weight in model.parameters())
-    assert torch.equal(torch.get_rng_state(), random_state)
 
 
-STRAYING = {
-    "leaves the ball": lambda x, epsilon: (x + 1.01 * epsilon).clamp(0, 1),
-    "leaves the ball below": lambda x, epsilon: (x - 1.01 * epsilon).clamp(0, 1),
-    "leaves [0, 1]": lambda x, epsilon: x.where(x > 0, x.new_tensor(-1e-3)),
-    "exceeds 1": lambda x, epsilon: x.where(x < 1, x.new_tensor(1.001)),
-    "has a NaN": lambda x, epsilon: x.where(x > 0, x.new_tensor(float("nan"))),
-}
-
-
-@pytest.mark.parametrize("fault", STRAYING)
-def test_an_attack_that_leaves_its_bounds_stops_the_evaluation(fault, monkeypatch):
+@pytest.mark.parametrize(
+    "stray",
+    [
+        lambda x, epsilon: (x + 1.01 * epsilon).clamp(0, 1),
+        lambda x, epsilon: (x - 1.01 * epsilon).clamp(0, 1),
+        lambda x, epsilon: x.where(x > 0, x.new_tensor(-1e-3)),
+        lambda x, epsilon: x.where(x < 1, x.new_tensor(1.001)),
+        lambda x, epsilon: x.where(x > 0, x.new_tensor(math.nan)),
+    ],
+)
+def test_an_attack_that_leaves_its_bounds_stops_the_evaluation(stray, monkeypatch):
     extreme = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
-    attack = lambda: robustness.attack_batch(None, "fgsm", extreme, None, torch.arange(2), **BUDGET, seed=0)
-    monkeypatch.setattr(robustness, "fgsm", lambda model, x, y, epsilon: STRAYING[fault](x, epsilon))
+    monkeypatch.setattr(robustness, "fgsm", lambda model, x, y, epsilon: stray(x, epsilon))
     with pytest.raises(UserError, match="fgsm left the epsilon ball"):
-        attack()
-    monkeypatch.setattr(robustness, "fgsm", lambda model, x, y, epsilon: x)
-    assert torch.equal(attack(), extreme)
+        robustness.attack_batch(None, "fgsm", extreme, None, torch.arange(2), **BUDGET, seed=0)
 
 
 @pytest.mark.parametrize("name", ["clean", "pgd1", "fgsm"])
@@ -215,7 +179,7 @@ def test_an_attack_that_leaves_its_bounds_stops_the_evaluation(fault, monkeypatc
 def test_weights_that_are_not_finite_stop_the_evaluation(name, label, model, images):
     model.linear.bias.data[3] = float("nan")
     with pytest.raises(UserError, match="finite"):
-        masks_under(model, images.select(images.y == label), [name])
+        mask_under(model, images.select(images.y == label), name)
 
 
 # AutoAttack
@@ -272,12 +236,14 @@ def rows_of(model, images, attacks):
     return chains, evaluate.to_tensors(found, (len(images.y), len(found["seconds"])))
 
 
-SUSPECTS = {
-    "a sound network": ({}, "pgd1,aa-fast", None),
-    "a random network": ({"after": lambda z: z + 0.1 * torch.randn_like(z)}, "apgd", "randomized defense"),
-    "probabilities": ({"after": lambda z: z.softmax(1)}, "apgd", "probability distribution"),
-    "masked gradients": ({"before": lambda x: (x * 64).round() / 64}, "aa-fast", "points with zero gradient"),
-    "masked gradients, but no AutoAttack": ({"before": lambda x: (x * 64).round() / 64}, "fgsm,pgd1", None),
+NOISY = lambda _, __, logits: logits + 0.1 * torch.randn_like(logits)
+ROUNDED = lambda _, inputs: (inputs[0] * 64).round() / 64
+SUSPECTS = {  # what is done to a network's images or logits, the attacks on it, and what is said of it
+    "a sound network": ("register_forward_hook", lambda *_: None, "pgd1,aa-fast", None),
+    "a random network": ("register_forward_hook", NOISY, "apgd", "randomized defense"),
+    "probabilities": ("register_forward_hook", lambda _, __, z: z.softmax(1), "apgd", "probability distribution"),
+    "masked gradients": ("register_forward_pre_hook", ROUNDED, "aa-fast", "points with zero gradient"),
+    "masked gradients, but no AutoAttack": ("register_forward_pre_hook", ROUNDED, "fgsm,pgd1", None),
 }
 
 
@@ -290,9 +256,10 @@ def test_what_auto_attacks_own_checks_find_is_heard(name, model, images, monkeyp
         adversary.apgd.n_iter = adversary.apgd_targeted.n_iter = 2
 
     monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", brief)
-    change, attacks, sentence = SUSPECTS[name]
-    few, planned = images.select(slice(0, 8)), dict.fromkeys(attacks.split(","), (8, 8 / 255))
-    _, (_, _, warnings) = rows_of(Changed(model, **change), few, planned)
+    register, change, attacks, sentence = SUSPECTS[name]
+    getattr(model, register)(change)
+    planned = dict.fromkeys(attacks.split(","), (8, 8 / 255))
+    _, (_, _, warnings) = rows_of(model, images.select(slice(0, 8)), planned)
     assert all(warning.startswith("target: AutoAttack on images 0 to 7: ") for warning in warnings)
     assert warnings == [] if sentence is None else any(sentence in warning for warning in warnings), warnings
 
@@ -354,49 +321,40 @@ def test_only_images_that_are_still_correct_are_attacked_and_stages_are_shared(m
 def test_a_stage_can_have_nothing_left_to_attack(model, images, monkeypatch):
     calls = fake_auto_attack(monkeypatch)
     wrong = images._replace(y=(images.y + 1) % 10)
-    wrong = wrong.select(~masks_under(model, wrong, ["clean"])["clean"])
+    wrong = wrong.select(~mask_under(model, wrong, "clean"))
     _, (rows, _, _) = rows_of(model, wrong, {"fgsm": (9, 0.1), "pgd1": (9, 0.1), "cw": (9, 0.1), "aa": (9, 0.1)})
     assert not rows.any() and not calls
 
 
 def test_the_interval_is_wilsons():
-    """Known values; mirrored; narrower with more images."""
     known = {(50, 100): (0.40383, 0.59617), (0, 10): (0, 0.27754), (10, 10): (0.72246, 1), (1, 10): (0.01788, 0.40415)}
-    for (hits, n), (low, high) in known.items():
-        assert evaluate.wilson(hits, n) == pytest.approx((low, high), abs=1e-5)
-        assert evaluate.wilson(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=1e-5)
-        narrower = evaluate.wilson(4 * hits, 4 * n)
-        assert low <= narrower[0] <= hits / n <= narrower[1] <= high and narrower[1] - narrower[0] < high - low - 0.05
+    for (hits, n), interval in known.items():
+        assert evaluate.wilson(hits, n) == pytest.approx(interval, abs=1e-5)
 
 
 def test_the_worst_case_is_and_over_attacks_of_equal_network_epsilon_and_images():
-    cells = [
-        ("target", "clean", None, [1, 1, 1, 0]),
-        ("target", "pgd10", 0.1, [1, 1, 0, 0]),
-        ("target", "cw", 0.1, [0, 1, 1, 0]),
-        ("target", "pgd50", 0.1, [0, 0]),  # on fewer images
-        ("target", "aa", 0.2, [0, 0, 0, 0]),  # in a larger ball
-        ("guide", "pgd10", 0.1, [0, 0, 0, 0]),
+    measured = [
+        ({"network": "target", "attack": "clean"}, [1, 1, 1, 0]),
+        ({"network": "target", "attack": "pgd10", "epsilon": 0.1}, [1, 1, 0, 0]),
+        ({"network": "target", "attack": "cw", "epsilon": 0.1}, [0, 1, 1, 0]),
+        ({"network": "target", "attack": "pgd50", "epsilon": 0.1}, [0, 0]),  # on fewer images
+        ({"network": "target", "attack": "aa", "epsilon": 0.2}, [0, 0, 0, 0]),  # in a larger ball
+        ({"network": "guide", "attack": "pgd10", "epsilon": 0.1}, [0, 0, 0, 0]),
     ]
-    rows = [{"network": network, "attack": attack, "n": len(bits)} for network, attack, _, bits in cells]
-    for row, (_, _, epsilon, _) in zip(rows[1:], cells[1:], strict=True):
-        row["epsilon"] = epsilon
-    (cell,) = evaluate.worst_case(rows, [torch.tensor(bits, dtype=torch.bool) for *_, bits in cells])
+    rows, masks = [{**row, "n": len(bits)} for row, bits in measured], [torch.tensor(bits) > 0 for _, bits in measured]
+    (cell,) = evaluate.worst_case(rows, masks)
     assert (cell["network"], cell["attacks"], cell["epsilon"]) == ("target", ["pgd10", "cw"], 0.1)
     assert (cell["n"], cell["correct"], cell["accuracy"]) == (4, 1, 0.25)
 
 
 def test_all_is_the_mean_over_five_attacks_and_absent_unless_each_was_measured():
-    assert evaluate.ALL == ("pgd10", "pgd20", "pgd50", "cw", "aa")
-    hits = {"clean": 90, "pgd10": 60, "pgd20": 50, "pgd50": 40, "cw": 30, "aa": 20}
-    rows = [
-        {"network": "target", "attack": name, **evaluate.accuracy_row(torch.arange(100) < n)}
-        for name, n in hits.items()
-    ]
-    assert evaluate.table(rows, []).splitlines()[-1].split() == ["target", "All", "40.00%"]
-    for left_out in range(1, 6):
-        assert "All" not in evaluate.table(rows[:left_out] + rows[left_out + 1 :], [])
-    assert "All" not in evaluate.table([{**row, "network": role} for row, role in zip(rows, "tttttg", strict=True)], [])
+    row = lambda network, name, n: {"network": network, "attack": name, **evaluate.accuracy_row(torch.arange(100) < n)}
+    accuracies = {"clean": 90, "pgd10": 60, "pgd20": 50, "pgd50": 40, "cw": 30, "aa": 20}
+    clean, *five = [row("target", *measured) for measured in accuracies.items()]
+    assert evaluate.table([clean, *five], []).splitlines()[-1].split() == ["target", "All", "40.00%"]
+    for missing in five:
+        others = [clean, *(row for row in five if row is not missing), {**missing, "network": "guide"}]
+        assert "All" not in evaluate.table(others, [])
 
 
 def test_the_protocols_are_what_they_say():
@@ -424,86 +382,61 @@ def evaluated(capsys, *argv):
     return status, printed.out.splitlines(), printed.err.splitlines()
 
 
+def mistake(capsys, *argv):
+    """The one line in which a command ends, with status 2."""
+    status, _, err = evaluated(capsys, *argv)
+    assert status == 2 and len(err) == 1, (status, err)
+    return err[0]
+
+
 def test_the_command_line_prints_and_writes_the_same_figures(run, images, model, tmp_path, capsys):
-    file = tmp_path / "figures.json"
-    status, out, err = evaluated(capsys, run / "last.pt", "--attacks", "clean, pgd2,cw", "--images", 40, "--network",
-                                 "target,guide", "--batch-size", 16, "--epsilon", "8/255", "--json", file)  # fmt: skip
-    assert (status, err) == (0, [])
+    file, attacks = tmp_path / "figures.json", ("clean", "pgd2", "cw")
+    flags = ["--images", 40, "--network", "target,guide", "--batch-size", 16, "--epsilon", "8/255", "--json", file]
+    status, out, err = evaluated(capsys, run / "last.pt", "--attacks", "clean, pgd2,cw", *flags)
+    assert (status, err) == (0, []) and max(map(len, out[1:])) < 100
     report, matrix = json.loads(file.read_text()), np.load(tmp_path / "figures.npz")
-    test_set = load_images("tiny", "test")
-    assert torch.equal(test_set.x[matrix["indices"]], images.x) and (matrix["y"] == images.y.numpy()).all()
-    assert [(row["network"], row["attack"]) for row in report["results"]] == [
-        (network, attack) for network in ("target", "guide") for attack in ("clean", "pgd2", "cw")
-    ]
+    assert torch.equal(load_images("tiny", "test").x[matrix["indices"]], images.x)
+    assert matrix["y"].tolist() == images.y.tolist()
+    assert [(row["network"], row["attack"]) for row in report["results"]] == [*product(("target", "guide"), attacks)]
     for row in report["results"]:
+        mask = torch.from_numpy(matrix[f"{row['network']} {row['attack']}"])
         assert row["n"] == 40 and row["name"] == "cnn" and row["accuracy"] == row["correct"] / 40
-        assert row["interval"] == list(evaluate.wilson(row["correct"], 40))
+        assert row["correct"] == mask.sum() and row["interval"] == list(evaluate.wilson(row["correct"], 40))
         assert row.get("epsilon", 8 / 255) == 8 / 255 and row.get("step_size", 2 / 255) == 2 / 255
-        mask = matrix[f"{row['network']} {row['attack']}"]
-        assert mask.sum() == row["correct"] and mask.dtype == bool
         assert any(line.split()[:3] == [row["network"], row["attack"], f"{row['accuracy']:.2%}"] for line in out)
         if row["network"] == "guide":
-            judged = masks_under(model, images, [row["attack"]])[row["attack"]]
-            assert torch.equal(torch.from_numpy(mask), judged & torch.from_numpy(matrix["guide clean"]))
+            judged = mask_under(model, images, row["attack"])
+            assert torch.equal(mask, judged & torch.from_numpy(matrix["guide clean"]))
     for cell in report["worst_case"]:
         assert cell["correct"] == (matrix[f"{cell['network']} pgd2"] & matrix[f"{cell['network']} cw"]).sum()
     assert [cell["network"] for cell in report["worst_case"]] == ["target", "guide"] and report["warnings"] == []
     assert report["trained"]["epoch"] == 5 and report["trained"]["settings"]["dataset"] == "tiny"
     assert len(report["sha256"]) == 64 and report["seed"] == 0 and report["torch"] == torch.__version__
-    assert max(map(len, out[1:])) < 100 and sorted(os.listdir(tmp_path)) == ["figures.json", "figures.npz"]
-
-
-def test_an_evaluation_without_json_leaves_no_file(run, capsys):
-    before = sorted(os.listdir(run))
-    status, out, err = evaluated(capsys, run / "last.pt", "--attacks", "clean,pgd1", "--images", 20)
-    assert (status, err) == (0, []) and any(line.split()[:2] == ["target", "pgd1"] for line in out)
-    assert sorted(os.listdir(run)) == before
+    assert sorted(os.listdir(tmp_path)) == ["figures.json", "figures.npz"]
 
 
 def test_every_form_of_weights_is_attacked_as_itself(run, tmp_path, capsys):
     """The run's own, its average, the bare weights, and weights behind a normalisation."""
-    content, test_set = checkpoints.load(run / "last.pt"), load_images("tiny", "test")
-    mean, std = torch.tensor([0.04, 0.05, 0.06]).view(1, 3, 1, 1), torch.tensor([0.8, 0.9, 1.0]).view(1, 3, 1, 1)
-    torch.save({"state_dict": {**content["guide"], "mean": mean, "std": std}}, tmp_path / "normalised.pt")
-    bare = ("--target", "cnn", "--dataset", "tiny")
-    forms = [(run / "last.pt", (), "target"), (run / "last.pt", ("--weights", "ema"), "ema"),
-             (run / "weights.pt", bare, "target"), (tmp_path / "normalised.pt", bare, "guide")]  # fmt: skip
-    counted = []
-    for number, (path, flags, role) in enumerate(forms):
+    content, normalisation = checkpoints.load(run / "last.pt"), {"mean": [0.04, 0.05, 0.06], "std": [0.8, 0.9, 1.0]}
+    buffers = {name: torch.tensor(values) for name, values in normalisation.items()}
+    torch.save({"state_dict": {**content["guide"], **buffers}}, tmp_path / "normalised.pt")
+    bare = "--target cnn --dataset tiny"
+    forms = [
+        (run / "last.pt", "", "target", nn.Identity()),
+        (run / "last.pt", "--weights ema", "ema", nn.Identity()),
+        (run / "weights.pt", bare, "target", nn.Identity()),
+        (tmp_path / "normalised.pt", bare, "guide", Normalize(**normalisation)),
+    ]
+    accuracies = []
+    for number, (path, flags, role, normalise) in enumerate(forms):
         file = tmp_path / f"{number}.json"
-        assert evaluated(capsys, path, *flags, "--attacks", "clean", "--json", file)[0] == 0
+        assert evaluated(capsys, path, *flags.split(), "--attacks", "clean", "--json", file)[0] == 0
         model = build_model("cnn", 10)
         model.load_state_dict(content[role])
-        if path.name == "normalised.pt":
-            model = Changed(model, before=lambda x: (x - mean) / std)
-        counted.append(json.loads(file.read_text())["results"][0]["accuracy"])
-        assert counted[-1] == pytest.approx(counted_accuracy(model, test_set))
-    assert counted[0] == counted[2] and len(set(counted)) == 3
-
-
-BARE = "weights.pt --target cnn --dataset tiny"
-MISTAKES = [
-    ("last.pt --attacks clean,pdg20", "unknown attack 'pdg20': choose from clean"),
-    ("last.pt --attacks pgd0", "unknown attack 'pgd0'"),
-    ("last.pt --attacks ,", "--attacks names no attack"),
-    ("last.pt --target wrn10-1", "is cnn, not wrn10-1"),
-    ("weights.pt", "holds bare weights: say --target NAME and --dataset NAME"),
-    (f"{BARE} --network guide", "holds no guide"),
-    (f"{BARE} --weights ema", "holds no averaged weights: train with --ema"),
-    ("last.pt --images 1001", "there are only 1000"),
-    ("last.pt --json none/figures.json", "in a folder that exists"),
-    ("last.pt --json last.pt", "a name that ends in .json"),
-    ("last.pt --protocol paper --epsilon 0.031 --images 9", "leave out --epsilon 0.031 and --images 9"),
-]
-
-
-@pytest.mark.parametrize(("line", "says"), MISTAKES)
-def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(line, says, run, monkeypatch, capsys):
-    monkeypatch.chdir(run)
-    before = sorted(os.listdir())
-    status, _, err = evaluated(capsys, *line.split())
-    assert status == 2 and len(err) == 1 and err[0].startswith("error: ") and says in err[0], (status, err)
-    assert sorted(os.listdir()) == before
+        accuracies.append(json.loads(file.read_text())["results"][0]["accuracy"])
+        counted = counted_accuracy(nn.Sequential(normalise, model), load_images("tiny", "test"))
+        assert accuracies[-1] == pytest.approx(counted)
+    assert accuracies[0] == accuracies[2] and len(set(accuracies)) == 3
 
 
 def test_auto_attack_needs_its_package_and_its_targeted_loss_four_classes(monkeypatch):
@@ -532,16 +465,22 @@ def timeless(file):
     return report, file.with_suffix(".npz").read_bytes()
 
 
+def killed(*command):
+    """A process of its own evaluates and is killed."""
+    child = os.fork()
+    if child == 0:
+        os._exit(evaluate.main([str(word) for word in command]))
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
 @pytest.fixture(scope="module")
 def first_batch(run, tmp_path_factory):
     """What a progress file holds of an evaluation that was killed in its second batch."""
-    folder = tmp_path_factory.mktemp("killed")
-    child = os.fork()
-    if child == 0:
-        fake_auto_attack(pytest.MonkeyPatch(), 2, lambda: signal.raise_signal(signal.SIGKILL))
-        os._exit(evaluate.main([str(word) for word in (run / "last.pt", *AA, "--json", folder / "cut.json")]))
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    content = (folder / "cut.json.progress").read_bytes()
+    file = tmp_path_factory.mktemp("killed") / "cut.json"
+    with pytest.MonkeyPatch.context() as patch:
+        fake_auto_attack(patch, 2, lambda: signal.raise_signal(signal.SIGKILL))
+        killed(run / "last.pt", *AA, "--json", file)
+    content = file.with_suffix(".json.progress").read_bytes()
     assert content.count(b"\n") == 2, "the evaluation and one batch"
     return content
 
@@ -561,7 +500,7 @@ def test_an_interrupted_evaluation_resumes_to_the_same_figures(run, tmp_path, in
     assert evaluated(capsys, run / "last.pt", *AA, "--json", whole)[0] == 0
     _, second, third = (number for number, call in enumerate(expected) if call[0] == "apgd-ce")
     progress.write_bytes(progress.read_bytes() + b'{"rows": ["01')
-    calls = fake_auto_attack(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+    calls = fake_auto_attack(monkeypatch, 2, Mock(side_effect=KeyboardInterrupt))
     status, _, err = evaluated(capsys, *command, "--resume")
     assert (status, err) == (130, ["interrupted: 32 of 40 images are done; to go on, add --resume"])
     assert calls == expected[second : third + 1]
@@ -589,35 +528,33 @@ OTHER_FLAGS = [
 def test_an_interrupted_evaluation_is_continued_with_the_same_flags_alone(flags, says, interrupted, capsys):
     command, progress = interrupted
     content = progress.read_bytes()
-    status, _, err = evaluated(capsys, *command, *flags.split())
-    assert status == 2 and len(err) == 1 and says in err[0] and progress.read_bytes() == content
+    assert says in mistake(capsys, *command, *flags.split())
+    assert progress.read_bytes() == content
 
 
-def edited(**changes):
-    """A spoiler of progress files: `changes` say what becomes of a value in the last batch."""
+def edited(name, change):
+    """A spoiler of progress files: in their last batch, what `name` holds becomes `change` of it."""
 
     def spoil(head, line):
         batch = json.loads(line)
-        return f"{head}\n{json.dumps({name: changes.get(name, list)(value) for name, value in batch.items()})}\n"
+        batch[name] = change(batch[name])
+        return f"{head}\n{json.dumps(batch)}\n"
 
     return spoil
 
 
+half = edited("rows", lambda rows: rows[:8])
 DAMAGE = {
     "a text of somebody's": lambda head, batch: "mine",
     "another kind of head": lambda head, batch: f'{{"evaluation": []}}\n{batch}\n',
     "deep nesting": lambda head, batch: f"{head}\n{'[' * 100_000}\n",
     "another list": lambda head, batch: f"{head}\n[1, 2]\n",
-    "too many batches": lambda head, batch: (
-        f"{head}\n{batch}\n{edited(rows=lambda rows: rows[:8])(batch, batch)}{batch}\n"
-    ),
-    "an image less": edited(rows=lambda rows: rows[1:]),
-    "a column less": edited(rows=lambda rows: [row[1:] for row in rows]),
-    "ragged rows": edited(rows=lambda rows: [rows[0] + "1", *rows[1:]]),
-    "another bit": edited(rows=lambda rows: ["2" * len(rows[0])] * len(rows)),
-    "negative seconds": edited(seconds=lambda seconds: [-s - 1 for s in seconds]),
-    "NaN seconds": edited(seconds=lambda seconds: [math.nan] * len(seconds)),
-    "warnings in numbers": edited(warnings=lambda _: [1]),
+    "too many batches": lambda head, batch: f"{head}\n{batch}\n{half(batch, batch)}{batch}\n",
+    "an image less": edited("rows", lambda rows: rows[1:]),
+    "another bit": edited("rows", lambda rows: ["2" * len(rows[0])] * len(rows)),
+    "negative seconds": edited("seconds", lambda seconds: [-s - 1 for s in seconds]),
+    "NaN seconds": edited("seconds", lambda seconds: [math.nan] * len(seconds)),
+    "warnings in numbers": edited("warnings", lambda _: [1]),
 }
 
 
@@ -626,8 +563,8 @@ def test_a_damaged_progress_file_is_one_line_and_stays(name, interrupted, capsys
     command, progress = interrupted
     content = DAMAGE[name](*progress.read_text().splitlines())
     progress.write_text(content)
-    status, _, err = evaluated(capsys, *command, "--resume")
-    assert status == 2 and len(err) == 1 and "cut.json.progress is" in err[0] and progress.read_text() == content
+    assert "cut.json.progress is" in mistake(capsys, *command, "--resume")
+    assert progress.read_text() == content
 
 
 def test_a_second_evaluation_of_the_same_name_is_refused(run, tmp_path, monkeypatch, capsys):
@@ -635,40 +572,33 @@ def test_a_second_evaluation_of_the_same_name_is_refused(run, tmp_path, monkeypa
     command, seen = [run / "last.pt", *AA, "--json", tmp_path / "figures.json"], []
 
     def another():
-        seen.extend(evaluated(capsys, *command, *flags)[::2] for flags in ((), ("--resume",)))
+        seen.extend(mistake(capsys, *command, *flags) for flags in ((), ("--resume",)))
         raise KeyboardInterrupt
 
     fake_auto_attack(monkeypatch, 1, another)
-    assert evaluated(capsys, *command)[0] == 130 and len(seen) == 2
-    for status, err in seen:
-        assert status == 2 and len(err) == 1 and "another evaluation is at work" in err[0]
-    assert os.listdir(tmp_path) == []
+    assert evaluated(capsys, *command)[0] == 130 and os.listdir(tmp_path) == []
+    assert len(seen) == 2 and all("another evaluation is at work" in line for line in seen)
 
 
 @pytest.mark.parametrize("suffix", ["json", "npz"])
-def test_figures_are_never_overwritten(suffix, run, interrupted, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("flags", "begun"), [([], False), (["--resume"], False), (["--resume"], True)])
+def test_figures_are_never_overwritten(suffix, flags, begun, interrupted, tmp_path, capsys):
     command, progress = interrupted
-    file, batch = tmp_path / f"cut.{suffix}", progress.read_bytes()
-    file.write_text("mine")
-    for flags, content in ((["--resume"], batch), (["--resume"], None), ([], None)):
-        progress.unlink(missing_ok=True)
-        if content:
-            progress.write_bytes(content)
-        status, _, err = evaluated(capsys, *command, *flags)
-        assert status == 2 and len(err) == 1 and f"cut.{suffix} exists already" in err[0]
-        assert file.read_text() == "mine"
+    if not begun:
+        progress.unlink()
+    (tmp_path / f"cut.{suffix}").write_text("mine")
+    assert f"cut.{suffix} exists already" in mistake(capsys, *command, *flags)
+    assert (tmp_path / f"cut.{suffix}").read_text() == "mine"
 
 
 @pytest.mark.parametrize("suffix", ["json", "npz"])
 def test_a_kill_between_the_last_batch_and_the_end_is_resumed(suffix, interrupted, tmp_path, monkeypatch, capsys):
     command, progress = interrupted
-    fake_auto_attack(monkeypatch)
-    write_text, child = cli.write_text, os.fork()
-    if child == 0:
-        write = write_text if suffix == "json" else lambda *_: None
-        monkeypatch.setattr(cli, "write_text", lambda *text: (write(*text), signal.raise_signal(signal.SIGKILL)))
-        os._exit(evaluate.main([str(word) for word in (*command, "--resume")]))
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    write = cli.write_text if suffix == "json" else lambda *_: None
+    with monkeypatch.context() as patch:
+        fake_auto_attack(patch)
+        patch.setattr(cli, "write_text", lambda *text: (write(*text), signal.raise_signal(signal.SIGKILL)))
+        killed(*command, "--resume")
     assert (tmp_path / f"cut.{suffix}").exists() and progress.exists()
     fake_auto_attack(monkeypatch, 0, lambda: pytest.fail("attacked again"))
     assert evaluated(capsys, *command, "--resume")[0] == 0 and not progress.exists()
@@ -676,12 +606,10 @@ def test_a_kill_between_the_last_batch_and_the_end_is_resumed(suffix, interrupte
 
 
 def test_a_full_disk_and_a_reader_that_left_name_the_file(run, tmp_path, monkeypatch, capsys):
-    command = [run / "last.pt", "--attacks", "clean", "--images", 20, "--json", tmp_path / "figures.json"]
+    file = tmp_path / "figures.json"
+    command = [run / "last.pt", "--attacks", "clean", "--images", 20, "--json", file]
     with monkeypatch.context() as patch:
-        full = OSError(28, "No space left on device")
-        patch.setattr(evaluate, "open", Mock(side_effect=full), raising=False)
-        status, _, err = evaluated(capsys, *command)
-    assert (status, err) == (2, [f"error: cannot write {tmp_path / 'figures.json.progress'}: {full.strerror}"])
+        patch.setattr(evaluate, "open", Mock(side_effect=OSError(28, "No space left on device")), raising=False)
+        assert mistake(capsys, *command) == f"error: cannot write {file}.progress: No space left on device"
     monkeypatch.setattr(evaluate, "table", Mock(side_effect=BrokenPipeError))
-    status, _, err = evaluated(capsys, *command)
-    assert status == 2 and len(err) == 1 and err[0].endswith(f"the figures are in {tmp_path / 'figures.json'}")
+    assert mistake(capsys, *command).endswith(f"the figures are in {file}")
