@@ -169,9 +169,9 @@ def test_a_normalisation_kept_with_the_weights_goes_in_front_of_the_network(name
         assert "the file's normalisation is not one of RGB images in [0, 1]: mean [" in message(take_normalisation, bad)
 
 
-def claim(run_dir, resume=True):
-    with claim_run_dir(run_dir, resume) as checkpoint:
-        return checkpoint
+def claim(run_dir):
+    with claim_run_dir(run_dir, resume=True):
+        pass
 
 
 def test_unfinished_files_go_only_in_a_runs_folder_and_only_our_own(tmp_path):
@@ -198,7 +198,6 @@ def test_a_folder_is_used_by_one_run_at_a_time_and_an_empty_one_is_removed(tmp_p
     with claim_run_dir(tmp_path / "a" / "b", resume=False):
         assert "another run is at work in" in message(claim, tmp_path / "a" / "b")
     assert os.listdir(tmp_path) == []
-    assert "exists already: continue it with --resume, or choose" in message(claim, tmp_path, False)
 
 
 def test_what_the_folder_says_is_true_after_every_epoch_and_after_a_resume(tmp_path, monkeypatch):

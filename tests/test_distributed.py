@@ -1,17 +1,104 @@
 """Real processes: several that train together agree with one; a run whose process is killed goes on."""
 
+import functools
+import multiprocessing
+import os
+import resource
 import signal
+import socket
+import sys
+from unittest import mock
 
 import pytest
 import torch
-from several import plain, start
+import torch.distributed as dist
+from torch import nn
 
+import checkpoints
+import cli
+import data
 import distributed
+import train_dynat
 from cli import UserError
 from models import CNN
 from train_dynat import METHODS, main
 
 SHORT = ["--dataset", "tiny", "--device", "cpu", "--train-images", "70", "--batch-size", "29", "--steps", "2"]
+
+FORKSERVER = multiprocessing.get_context("forkserver")  # a process that has imported this file and forks the others
+FORKSERVER.set_forkserver_preload(["test_distributed"])
+
+# What happens when the last epoch of a run begins: accidents, and ranks that do not share what they must.
+DISTURBANCES = {
+    "killed in a save": lambda: setattr(os, "replace", lambda *_: signal.raise_signal(signal.SIGKILL)),
+    "terminated": lambda: signal.raise_signal(signal.SIGTERM),
+    "interrupted": lambda: signal.raise_signal(signal.SIGINT),
+    "full disk": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)),
+    "no weight": lambda: setattr(distributed.GradientReducer, "weight", property(lambda _: 0.5, lambda *_: None)),
+    "no sum": lambda: setattr(distributed, "all_reduce", lambda *tensors: tensors),
+    "no argument": lambda: [method.update(loop_arguments=("epoch",)) for method in METHODS.values()],
+    "no buffers": lambda: setattr(distributed, "average_buffers", lambda _: None),
+    "own start": lambda: setattr(train_dynat, "gaussian_start", lambda x, _: x + 0.001 * torch.randn_like(x)),
+    "own noise": lambda: setattr(train_dynat, "normal_noise", lambda x, _, shard, k: torch.randn_like(x[shard])),
+}
+
+
+def plain(num_classes):
+    """A network without BatchNorm: no image depends on another one of its batch."""
+    hidden = [nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Flatten(), nn.Linear(144, num_classes))
+
+
+def train_all(folder, variables, network, disturbance, runs):
+    """Trains each (name, arguments) of `runs` in FOLDER/NAME, one after the other. Rank N leaves its last checkpoint
+    beside it in NAME-N.pt and what it prints in N.txt. Exits with the first status that is not 0."""
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    rank = int(variables.get("RANK", 0))
+    sys.stdout = sys.stderr = open(folder / f"{rank}.txt", "w", buffering=1)  # noqa: SIM115
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(rank)
+    data.TINY_SIZE = {"train": 100, "test": 20}
+    train_dynat.build_model = lambda _, num_classes: network(num_classes)
+    # One process group for all runs: a second one at the same address would not be safe.
+    dist.init_process_group, dist.destroy_process_group = functools.cache(dist.init_process_group), lambda: None
+    learning_rate, run_on_rank0 = train_dynat.learning_rate, distributed.run_on_rank0
+
+    def disturbed(settings, epoch):
+        if disturbance and epoch == settings["epochs"]:
+            DISTURBANCES[disturbance]()
+        return learning_rate(settings, epoch)
+
+    def keep(function, *args, **kwargs):
+        result = run_on_rank0(function, *args, **kwargs)
+        if function is checkpoints.save_run:
+            torch.save(args[1], folder / f"{args[0].name}-{rank}.pt")
+        return result
+
+    train_dynat.learning_rate, distributed.run_on_rank0 = disturbed, keep
+    for name, arguments in runs:
+        if status := main([*arguments, "--out", str(folder / name)]):
+            sys.exit(status)
+
+
+def launch(folder, world_size, *job):
+    """`train_all` on every rank, as torchrun starts them. Returns the exit statuses, negative after a signal."""
+    folder.mkdir(exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    of_all = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    processes = []
+    for rank in range(world_size):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, **of_all} if world_size > 1 else {}
+        processes.append(FORKSERVER.Process(target=train_all, args=(folder, variables, *job)))
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # so that it can import this file
+            processes[-1].start()
+    for process in processes:
+        process.join(200)
+        if process.exitcode is None or processes[0].exitcode < 0:  # torchrun kills the others with rank 0
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
 
 
 def arguments(method):
@@ -21,20 +108,10 @@ def arguments(method):
     return [*SHORT, "--method", method, "--epochs", "1", "--ema", "0.9", "--val-images", "21", *early]
 
 
-def finish(processes):
-    """Their exit statuses, negative after a signal. If rank 0 is killed, so are the others, as torchrun does it."""
-    for process in processes:
-        process.join(200)
-        if process.exitcode is None or processes[0].exitcode < 0:  # it waits for another in vain
-            process.kill()
-            process.join()
-    return [process.exitcode for process in processes]
-
-
 def train(folder, world_size, methods, network=plain, disturbance=""):
     """A run of each method; returns what rank N's last checkpoint holds: found(method, N)."""
-    processes = start(folder, world_size, network, disturbance, [(method, arguments(method)) for method in methods])
-    assert finish(processes) == [0] * world_size, (folder / "0.txt").read_text()
+    runs = [(method, arguments(method)) for method in methods]
+    assert launch(folder, world_size, network, disturbance, runs) == [0] * world_size, (folder / "0.txt").read_text()
     assert not any((folder / f"{rank}.txt").read_text() for rank in range(1, world_size)), "only rank 0 prints"
     return lambda method, rank=0: torch.load(folder / f"{method}-{rank}.pt", weights_only=True)
 
@@ -118,11 +195,11 @@ TWO_EPOCHS = [*SHORT, "--epochs", "2"]
 )
 def test_a_run_goes_on_to_the_same_bytes_after(tmp_path, world_size, accident, status, said):
     run = [("run", [*TWO_EPOCHS, "--resume"])]
-    assert finish(start(tmp_path, world_size, CNN, accident, run))[0] == status
+    assert launch(tmp_path, world_size, CNN, accident, run)[0] == status
     printed = (tmp_path / "0.txt").read_text()
     assert said.format(tmp_path / "run") in printed and "Traceback" not in printed
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
-    assert finish(start(tmp_path, world_size, CNN, "", [*run, ("whole", TWO_EPOCHS)])) == [0] * world_size
+    assert launch(tmp_path, world_size, CNN, "", [*run, ("whole", TWO_EPOCHS)]) == [0] * world_size
     run_dirs = [tmp_path / "run", tmp_path / "whole"]
     assert len({(run_dir / "weights.pt").read_bytes() for run_dir in run_dirs}) == 1
     assert difference(*(torch.load(run_dir / "last.pt", weights_only=True) for run_dir in run_dirs)) == 0
@@ -134,16 +211,17 @@ def test_a_mistake_of_one_rank_ends_all_with_one_line(tmp_path, where):
     """Rank 0 alone makes the run directory."""
     (tmp_path / "file").write_text("precious")
     (tmp_path / "taken").mkdir()
-    assert finish(start(tmp_path, 2, CNN, "", [(where, TWO_EPOCHS)])) == [2, 2]
+    assert launch(tmp_path, 2, CNN, "", [(where, TWO_EPOCHS)]) == [2, 2]
     printed = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert printed[0].startswith(f"error: {tmp_path / where}") and printed[0].count("\n") == 1 and printed[1] == ""
     assert (tmp_path / "file").read_text() == "precious" and list((tmp_path / "taken").iterdir()) == []
 
 
-def test_of_several_processes_the_first_one_says_what_is_wrong(monkeypatch, capsys):
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "1")
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        assert main(["--beta", "much"]) == 2
+def test_of_several_processes_the_first_one_says_what_is_wrong(capsys):
+    """torchrun sets six variables. With only some of them a process is alone."""
+    of_rank = lambda rank: {**dict.fromkeys(cli.TORCHRUN, "1"), "RANK": rank}
+    alone = [({name: "1"}, 1) for name in cli.TORCHRUN]
+    for variables, lines in (*alone, (of_rank("0"), 1), (of_rank("1"), 0)):
+        with mock.patch.dict(os.environ, variables):
+            assert main(["--beta", "much"]) == 2
         assert capsys.readouterr().err.count("\n") == lines
