@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent, safe to open, strict to load, and those of other projects; the run directory."""
 
 import io
-import json
 import os
 import pickle
 import re
@@ -16,8 +15,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import checkpoints
-import data
-import train_dynat
 from checkpoints import bare_state_dict, claim_run_dir, load_weights, take_normalisation
 from cli import PARTIAL, UserError
 
@@ -198,27 +195,3 @@ def test_a_folder_is_used_by_one_run_at_a_time_and_an_empty_one_is_removed(tmp_p
     with claim_run_dir(tmp_path / "a" / "b", resume=False):
         assert "another run is at work in" in message(claim, tmp_path / "a" / "b")
     assert os.listdir(tmp_path) == []
-
-
-def test_what_the_folder_says_is_true_after_every_epoch_and_after_a_resume(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TINY_SIZE", {"train": 40, "test": 20})
-    run_dir, seen = tmp_path / "run", []
-    argv = f"--dataset tiny --steps 1 --device cpu --out {run_dir}".split()
-
-    def check(row, epochs):
-        config, log = json.loads((run_dir / "config.json").read_text()), (run_dir / "log.jsonl").read_text()
-        last, weights = checkpoints.load(run_dir / "last.pt"), checkpoints.load(run_dir / "weights.pt")
-        assert config["settings"]["epochs"] == epochs and config["images"] == {"train": 40, "test": 20}
-        assert last["epoch"] == row["epoch"] and [json.loads(line) for line in log.splitlines()] == last["log"]
-        assert all(torch.equal(weights[key], value) for key, value in last["target"].items())
-        seen.append(row["epoch"])
-        return ""
-
-    monkeypatch.setattr(train_dynat, "report", check)
-    assert train_dynat.main([*argv, "--epochs", "2"]) == 0
-    (run_dir / "config.json").write_text("of another run")
-    (run_dir / "weights.pt").unlink()
-    assert train_dynat.main([*argv, "--resume"]) == 0
-    check({"epoch": 2}, 2)
-    assert train_dynat.main([*argv, "--resume", "--epochs", "3"]) == 0
-    assert seen == [1, 2, 2, 3]

@@ -109,37 +109,33 @@ def test_starts_depend_on_seed_attack_and_index_alone(name, attack, steps, model
     assert torch.equal(robustness.attack_batch(model, name, x, images.y, indices, **BUDGET, seed=3), x_adv)
 
 
-class Alone(nn.Module):
-    """The network on one image after the other, so that no logit depends on the rest of the batch. `sizes` are those
-    of the batches."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.sizes = model, []
-
-    def forward(self, x):
-        self.sizes.append(len(x))
-        return torch.cat([self.model(image) for image in x.split(1)])
+@pytest.fixture
+def alone(model):
+    """The network on one image after the other, so that no logit depends on the rest of the batch."""
+    forward = model.forward
+    model.forward = lambda x: torch.cat([forward(image) for image in x.split(1)])
+    return model
 
 
 @pytest.mark.parametrize(("attack", "steps"), [(robustness.pgd, 1), (robustness.pgd, 4), (robustness.cw, 3)])
-def test_dropping_fooled_images_is_the_plain_attack_without_forwards_in_vain(attack, steps, model, images):
-    x, y, alone = to_float(images.x), images.y, Alone(model)
+def test_dropping_fooled_images_is_the_plain_attack_without_forwards_in_vain(attack, steps, alone, images):
+    x, y, watched = to_float(images.x), images.y, Mock(side_effect=alone)
     budget = {"epsilon": 8 / 255, "step_size": 1 / 255}
     start = robustness.starts(x, torch.arange(40), 8 / 255, (0, "any"))
     iterates = [attack(alone, x, y, start, **budget, steps=step) for step in range(steps + 1)]
     correct = torch.stack([robustness.correct(alone, x_adv, y) for x_adv in iterates])
-    alone.sizes.clear()
-    assert torch.equal(robustness.drop_fooled(attack, alone, x, y, start, **budget, steps=steps), iterates[-1])
-    assert alone.sizes == [40, *correct.sum(1).tolist()][:steps]
-    assert steps == 1 or len(set(alone.sizes)) > 2, "images are fooled in several steps"
-    never = robustness.drop_fooled(attack, alone, x[~correct[0]], y[~correct[0]], start[~correct[0]], **budget, steps=9)
-    assert torch.equal(never, start[~correct[0]]) and alone.sizes[-1] == int((~correct[0]).sum())
+    assert torch.equal(robustness.drop_fooled(attack, watched, x, y, start, **budget, steps=steps), iterates[-1])
+    sizes = [len(call.args[0]) for call in watched.call_args_list]
+    assert sizes == [40, *correct.sum(1).tolist()][:steps]
+    assert steps == 1 or len(set(sizes)) > 2, "images are fooled in several steps"
+    x, y, start = x[~correct[0]], y[~correct[0]], start[~correct[0]]  # fooled already
+    assert torch.equal(robustness.drop_fooled(attack, watched, x, y, start, **budget, steps=9), start)
+    assert watched.call_count == steps + 1
 
 
 @pytest.mark.parametrize("name", ["clean", "fgsm", "pgd4", "cw"])
-def test_still_correct_depends_on_neither_batch_size_nor_selection(name, model, images):
-    judge = lambda **settings: mask_under(Alone(model), images, name, step_size=1 / 255, **settings)
+def test_still_correct_depends_on_neither_batch_size_nor_selection(name, alone, images):
+    judge = lambda **settings: mask_under(alone, images, name, step_size=1 / 255, **settings)
     mask, indices = judge(batch_size=1000), torch.tensor([3, 39, 31, 32, 8])
     assert mask.shape == (40,) and mask.dtype == torch.bool and 0 < mask.sum() < 40
     assert torch.equal(mask, judge(batch_size=7))
@@ -224,12 +220,13 @@ def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(st
         assert not torch.equal(x_adv, draw(1)) and not torch.equal(x_adv, draw(0, first=8))
 
 
-def rows_of(model, images, attacks):
-    chains = robustness.plan_columns(["target"], attacks, len(images.y))
-    found = robustness.attack_columns(
-        {"target": model}, chains, images, torch.arange(len(images.y)), step_size=0, seed=0
-    )
-    return chains, evaluate.to_tensors(found, (len(images.y), len(found["seconds"])))
+def masks_of(model, images, attacks):
+    """The columns behind each attack, the mask of each column, and the warnings."""
+    indices = torch.arange(len(images.y))
+    chains = robustness.plan_columns(["target"], attacks, len(indices))
+    batch = robustness.attack_columns({"target": model}, chains, images, indices, step_size=0, seed=0)
+    batch = evaluate.to_tensors(batch, (len(indices), len(batch["seconds"])))
+    return chains, robustness.matrix_of(chains, [batch])[0], batch[2]
 
 
 NOISY = lambda _, __, logits: logits + 0.1 * torch.randn_like(logits)
@@ -255,7 +252,7 @@ def test_what_auto_attacks_own_checks_find_is_heard(name, model, images, monkeyp
     register, change, attacks, sentence = SUSPECTS[name]
     getattr(model, register)(change)
     planned = dict.fromkeys(attacks.split(","), (8, 8 / 255))
-    _, (_, _, warnings) = rows_of(model, images.select(slice(0, 8)), planned)
+    _, _, warnings = masks_of(model, images.select(slice(0, 8)), planned)
     assert all(warning.startswith("target: AutoAttack on images 0 to 7: ") for warning in warnings)
     assert warnings == [] if sentence is None else any(sentence in warning for warning in warnings), warnings
 
@@ -296,21 +293,17 @@ def test_only_images_that_are_still_correct_are_attacked_and_stages_are_shared(m
     """Also by "paper": AutoAttack with an epsilon of its own on the first images."""
     calls = fake_auto_attack(monkeypatch)
     attacks = {"pgd2": (40, 8 / 255), "apgd": (40, 8 / 255), "aa": (40, 8 / 255), "aa-fast": (25, 0.031)}
-    chains, (rows, seconds, _) = rows_of(model, images, attacks)
-    columns = list(dict.fromkeys(column for chain in chains.values() for column in chain))
-    assert [column.attack for column in columns] == ["clean", "pgd2", *robustness.STAGES, "apgd-ce", "apgd-t"]
-    masks = dict(zip(columns, rows.T, strict=True))
-    assert chains["target", "apgd"][-1] == chains["target", "aa"][1] and (seconds >= 0).all()
-    x = to_float(images.x)
-    attacked = []
+    chains, masks, _ = masks_of(model, images, attacks)
+    columns = ["clean", "pgd2", *robustness.STAGES, "apgd-ce", "apgd-t"]
+    assert [column.attack for column in masks] == columns and chains["target", "apgd"] == chains["target", "aa"][:2]
+    x, attacked = to_float(images.x), {}
     for chain in chains.values():
         for before, column in pairwise(chain):
             assert not (masks[column] & ~masks[before]).any() and not masks[column][column.n :].any()
             if column.attack in robustness.STAGES:
-                call = (column.attack, x[masks[before] & (torch.arange(40) < column.n)].numpy().tobytes())
-                attacked += [call] if call not in attacked else []
-    assert [call[:2] for call in calls] == attacked
-    aa, clean = masks[chains["target", "aa"][-1]], masks[columns[0]]
+                attacked[column] = x[masks[before] & (torch.arange(40) < column.n)].numpy().tobytes()
+    assert [call[:2] for call in calls] == [(column.attack, selected) for column, selected in attacked.items()]
+    clean, *_, aa = (masks[column] for column in chains["target", "aa"])
     assert aa.sum() < clean.sum() == round(40 * counted_accuracy(model, images)) < 40
 
 

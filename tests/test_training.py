@@ -186,6 +186,8 @@ def ending(run_dir):
     """What a run ends in: the bytes of weights.pt, all of last.pt but for the times, the names of its files."""
     last = checkpoints.load(run_dir / "last.pt")
     assert [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()] == last["log"]
+    assert checksum(checkpoints.load(run_dir / "weights.pt")) == checksum(last["target"])
+    assert json.loads((run_dir / "config.json").read_text()) == json.loads(json.dumps(last["config"]))
     for row in last["log"]:
         del row["seconds"], row["images_per_second"]
     return hash((run_dir / "weights.pt").read_bytes()), checksum(last), sorted(os.listdir(run_dir))
@@ -334,6 +336,7 @@ def check_resume(folder, copy, whole, *argv):
 def test_a_run_killed_before_any_rename_of_a_file_resumes_to_the_same_bytes(tmp_path, whole):
     run_dir, copies, _, _ = whole
     assert ending(run_dir)[2] == ["best.pt", "config.json", "epoch002.pt", "last.pt", "log.jsonl", "weights.pt"]
+    assert checkpoints.load(run_dir / "last.pt")["config"]["images"] == {"train": 50, "test": 30, "val": 20}
     assert len(copies) == 11
     for copy in copies:
         check_resume(tmp_path, copy, run_dir, *LONG)
