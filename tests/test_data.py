@@ -115,19 +115,18 @@ def test_the_checksum_knows_every_pixel_label_and_class_name_and_their_order():
 def photos(tmp_path):
     """Two classes in every kind of file that people have."""
     grey = np.full((32, 32), 128 * 256 + 7, dtype=np.uint16)
-    for split in ("train", "test"):
-        for name, colour in {"cat": (200, 30, 30), "dog": (30, 30, 200)}.items():
-            place = tmp_path / split / name
-            (place / "nested").mkdir(parents=True)
-            Image.new("RGB", (32, 32), colour).save(place / "a.png")
-            Image.new("RGB", (64, 40), colour).save(place / "b.JPG")
-            Image.new("L", (20, 50), 77).save(place / "c.bmp")
-            Image.new("RGBA", (32, 32), (*colour, 0)).save(place / "d.png")
-            Image.fromarray(grey).save(place / "e.tif")
-            Image.frombytes("I;16B", (32, 32), grey.astype(">u2").tobytes()).save(place / "f.tif")  # big-endian
-            Image.new("P", (40, 32)).save(place / "g.gif")
-            (place / "photo.heic").write_text("of a telephone")
-            (place / ".hidden.png").write_text("not an image")
+    for name, colour in {"cat": (200, 30, 30), "dog": (30, 30, 200)}.items():
+        place = tmp_path / "train" / name
+        (place / "nested").mkdir(parents=True)
+        Image.new("RGB", (32, 32), colour).save(place / "a.png")
+        Image.new("RGB", (64, 40), colour).save(place / "b.JPG")
+        Image.new("L", (20, 50), 77).save(place / "c.bmp")
+        Image.new("RGBA", (32, 32), (*colour, 0)).save(place / "d.png")
+        Image.fromarray(grey).save(place / "e.tif")
+        Image.frombytes("I;16B", (32, 32), grey.astype(">u2").tobytes()).save(place / "f.tif")  # big-endian
+        Image.new("P", (40, 32)).save(place / "g.gif")
+        (place / "photo.heic").write_text("of a telephone")
+        (place / ".hidden.png").write_text("not an image")
     return tmp_path
 
 

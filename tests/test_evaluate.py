@@ -519,6 +519,7 @@ DAMAGE = {  # the lines of the file instead of a head and a batch of 16 images
     "another list": lambda head, batch: [head, [1, 2]],
     "too many batches": lambda head, batch: [head, batch, batch, {**batch, "rows": batch["rows"][:8]}, batch],
     "an image less": lambda head, batch: [head, {**batch, "rows": batch["rows"][1:]}],
+    "a column less": lambda head, batch: [head, {**batch, "rows": [row[1:] for row in batch["rows"]]}],
     "another bit": lambda head, batch: [head, {**batch, "rows": ["2" * len(row) for row in batch["rows"]]}],
     "negative seconds": lambda head, batch: [head, {**batch, "seconds": [-1.0] * len(batch["seconds"])}],
     "NaN seconds": lambda head, batch: [head, {**batch, "seconds": [math.nan] * len(batch["seconds"])}],
