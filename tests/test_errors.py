@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "TINY_SIZE", {"train": 200, "test": 40})
-        assert train_dynat.main(f"{SHORT} --epochs 2 --val-images 20 --ema 0.9 --out {run_dir}".split()) == 0
+        assert train_dynat.main([*f"{SHORT} --epochs 2 --val-images 20 --ema 0.9 --out".split(), str(run_dir)]) == 0
     return run_dir
 
 

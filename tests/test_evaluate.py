@@ -7,7 +7,6 @@ import signal
 import sys
 from itertools import pairwise, product
 from unittest import mock
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -119,7 +118,7 @@ def alone(model):
 
 @pytest.mark.parametrize(("attack", "steps"), [(robustness.pgd, 1), (robustness.pgd, 4), (robustness.cw, 3)])
 def test_dropping_fooled_images_is_the_plain_attack_without_forwards_in_vain(attack, steps, alone, images):
-    x, y, watched = to_float(images.x), images.y, Mock(side_effect=alone)
+    x, y, watched = to_float(images.x), images.y, mock.Mock(side_effect=alone)
     budget = {"epsilon": 8 / 255, "step_size": 1 / 255}
     start = robustness.starts(x, torch.arange(40), 8 / 255, (0, "any"))
     iterates = [attack(alone, x, y, start, **budget, steps=step) for step in range(steps + 1)]
@@ -210,7 +209,7 @@ def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(st
     draw = lambda seed, first=0: robustness.attack_batch(model, stage, x, y, indices + first, **budget, seed=seed)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "gettrace", lambda: "a debugger's")
-        patch.setattr(sys, "settrace", Mock())
+        patch.setattr(sys, "settrace", mock.Mock())
         x_adv = draw(0)
         assert sys.settrace.call_args.args == ("a debugger's",), "the package ended its trace"
     fooled = ~robustness.correct(model, x_adv, y)
@@ -425,7 +424,7 @@ def test_auto_attack_needs_its_package_and_its_targeted_loss_four_classes(monkey
     assert evaluate.check_auto_attack(["apgd"], 2) == evaluate.check_auto_attack(["aa"], 4) != {}
     with pytest.raises(UserError, match="aa needs four classes, for its targeted loss; with 3, use apgd"):
         evaluate.check_auto_attack(["apgd", "aa"], 3)
-    monkeypatch.setattr(evaluate.metadata, "version", Mock(side_effect=evaluate.metadata.PackageNotFoundError))
+    monkeypatch.setattr(evaluate.metadata, "version", mock.Mock(side_effect=evaluate.metadata.PackageNotFoundError))
     with pytest.raises(UserError, match="pip install pyautoattack"):
         evaluate.check_auto_attack(["apgd"], 10)
 
@@ -481,7 +480,7 @@ def test_an_interrupted_evaluation_resumes_to_the_same_figures(run, tmp_path, in
     assert evaluated(capsys, run / "last.pt", *AA, "--json", whole)[0] == 0
     _, second, third = (number for number, call in enumerate(expected) if call[0] == "apgd-ce")
     progress.write_bytes(progress.read_bytes() + b'{"rows": ["01')
-    calls = fake_auto_attack(monkeypatch, 2, Mock(side_effect=KeyboardInterrupt))
+    calls = fake_auto_attack(monkeypatch, 2, mock.Mock(side_effect=KeyboardInterrupt))
     status, _, err = evaluated(capsys, *command, "--resume")
     assert (status, err) == (130, ["interrupted: 32 of 40 images are done; to go on, add --resume"])
     assert calls == expected[second : third + 1]
@@ -579,7 +578,7 @@ def test_a_full_disk_and_a_reader_that_left_name_the_file(run, tmp_path, monkeyp
     file = tmp_path / "figures.json"
     command = [run / "last.pt", "--attacks", "clean", "--images", 20, "--json", file]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "open", Mock(side_effect=OSError(28, "No space left on device")), raising=False)
+        patch.setattr(evaluate, "open", mock.Mock(side_effect=OSError(28, "No space left on device")), raising=False)
         assert mistake(capsys, *command) == f"error: cannot write {file}.progress: No space left on device"
-    monkeypatch.setattr(evaluate, "table", Mock(side_effect=BrokenPipeError))
+    monkeypatch.setattr(evaluate, "table", mock.Mock(side_effect=BrokenPipeError))
     assert mistake(capsys, *command).endswith(f"the figures are in {file}")
