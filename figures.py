@@ -15,6 +15,7 @@ Every accuracy has its number of images and its 95 % interval (Wilson). Nothing 
 import csv
 import json
 import sys
+import warnings
 from pathlib import Path
 from textwrap import fill
 from types import SimpleNamespace
@@ -131,7 +132,7 @@ def names(items, labels):
     titles = [item.title for item in items]
     found = labels or [f"{i.title}, {i.source}" if titles.count(i.title) > 1 else i.title for i in items]
     if not len(set(found)) == len(found) == len(items):
-        raise UserError(f"the names are {', '.join(found)}: give {len(items)} different ones with --labels A B ...")
+        raise UserError(f"{len(items)} to name, but the names are {', '.join(found)}: give each its own with --labels")
     return found
 
 
@@ -345,8 +346,10 @@ def main(argv):
                 item.settings["dataset"] = args.dataset_name or item.settings.get("dataset")
             drawn = args.draw(items, names(items, args.labels))
         if args.kind != "table":
-            with atomic_write(args.out) as partial:
+            with atomic_write(args.out) as partial, warnings.catch_warnings(record=True) as caught:
                 drawn.savefig(partial, format=suffix[1:], metadata=UNDATED[suffix])
+            if caught:  # a letter that the font lacks
+                print(f"note: {caught[0].message}", file=sys.stderr)
         elif args.out:
             write_text(args.out, drawn)
     print(args.out or drawn.rstrip())

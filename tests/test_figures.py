@@ -173,6 +173,12 @@ def test_every_picture_is_the_only_file_and_of_the_same_bytes_each_time(tmp_path
     assert figures.main([*words, str(out)]) == 0 and out.read_bytes() == content
 
 
+def test_letters_that_the_font_lacks_are_one_note(tmp_path, capsys):
+    figures.main(["clean", str(make_run(tmp_path / "run")), "--labels", "中文字", "--out", str(tmp_path / "a.png")])
+    err = capsys.readouterr().err
+    assert err.startswith("note: ") and err.count("\n") == 1
+
+
 def test_the_perturbation_is_magnified_so_that_epsilon_is_white_and_half_of_it_light(checkpoint, monkeypatch):
     flags = ["images", str(checkpoint), "--out", "a.png", "--epsilon", "0.1", "--images", "3"]
     monkeypatch.setattr(figures, "attack_batch", lambda model, name, x, *_, epsilon, **__: x + epsilon / 2)
@@ -185,14 +191,15 @@ def test_the_perturbation_is_magnified_so_that_epsilon_is_white_and_half_of_it_l
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    ("clean run --out a.png --labels A B", "the names are A, B: give 1 different ones with --labels"),
+    ("clean run --out a.gif", "it ends in .png, .pdf, .svg"),
+    ("clean run --out a.png --labels A B", "1 to name, but the names are A, B: give each its own with --labels"),
     ("clean pipe --out a.png", "there is no file pipe/log.jsonl"),
     ("clean empty --out a.png", "the log of empty has no test_acc"),
     ("clean cut --out a.png", "cut is damaged"),
     ("clean nan --out a.png", "nan is damaged"),
     ("overfitting plain --out a.png", "plain has no val_pgd: train with --val-images"),
     ("bars 4.json 8.json --out a.png", "pgd10 has another epsilon"),
-    ("table 4.json 4.json", "the names are DYNAT, 4/last, DYNAT, 4/last: give 2 different ones with --labels"),
+    ("table 4.json 4.json", "2 to name, but the names are DYNAT, 4/last, DYNAT, 4/last: give each its own"),
     ("table run", "there are no results in run"),
     ("table n.json", "n.json is damaged"),
     ("table correct.json", "correct.json is damaged"),
