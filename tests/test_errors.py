@@ -1,6 +1,7 @@
 """Bad input through the command lines, as a person types it: each mistake ends with one line that says what is wrong,
 status 2, no traceback, nothing overwritten and no litter."""
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import checkpoints
+import cli
 import data
 import evaluate
 import figures
@@ -217,6 +219,12 @@ def test_a_pipe_that_ends_names_what_was_kept(error_of, monkeypatch, capfd):
         assert train_dynat.main(f"{SHORT} --epochs 3 --out a".split()) == 2
     kept = "everything up to epoch 1 is saved; to go on, add --out a --resume"
     assert capfd.readouterr().err == f"error: nobody reads standard output any more: {kept}\n"
+
+
+def test_a_full_disk_behind_standard_output_is_named(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdout", Mock(flush=Mock(side_effect=OSError(errno.ENOSPC, "No space left"))))
+    assert cli.exit_status(lambda argv: None)([]) == 2
+    assert capfd.readouterr().err == f"error: standard output: [Errno {errno.ENOSPC}] No space left\n"
 
 
 def test_closed_streams_and_a_terminal_without_the_letters_do_not_end_a_command(error_of, monkeypatch):
