@@ -365,7 +365,7 @@ def test_a_resume_that_forgets_something_is_rejected(tmp_path, monkeypatch, whol
     monkeypatch.setattr(module, function, mutant(getattr(module, function), (old, new)))
     run_dir, copies, _, _ = whole
     with pytest.raises(AssertionError):
-        check_resume(tmp_path, copies[7], run_dir)  # its second epoch is not saved
+        check_resume(tmp_path, copies[6], run_dir)  # its second epoch is not saved
 
 
 def test_ctrl_c_before_the_first_save_says_so(tmp_path, capsys, monkeypatch):
