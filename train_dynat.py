@@ -478,7 +478,7 @@ def parse(argv, settings=None):
     settings = {name: value for name, value in args.items() if name in settings}
     if settings["lr_milestones"] is not None:
         drops = enumerate(sorted(settings["lr_milestones"]), start=1)
-        settings["milestones"] = [(1, 1.0)] + [(first, 10.0**-drop) for drop, first in drops]
+        settings["milestones"] = [(1, 1.0)] + [(epoch, 10.0**-drop) for drop, epoch in drops]
     if settings["data_dir"] is not None:
         settings["data_dir"] = str(Path(settings["data_dir"]).resolve())
     return settings, first, parser
@@ -563,8 +563,8 @@ def is_schedule(value):
 @exit_status
 def main(argv):
     first, _ = deciding_parser().parse_known_args(argv)
-    run_dir = first.out
-    if not first.resume or not run_dir:
+    run_dir, settings = first.out, None
+    if not first.resume or not run_dir:  # else the defaults may be those of a run, which is read under its lock
         settings, _, parser = parse(argv)
         run_dir = run_dir or default_run_dir(settings, parser)
         shorter = default_run_dir({**settings, "epochs": parser.get_default("epochs")}, parser)
@@ -577,7 +577,7 @@ def main(argv):
         )
         if checkpoint is not None:
             settings = resumed_settings(checkpoint, argv, run_dir)
-        else:
+        elif settings is None:
             settings, _, _ = parse(argv)
         check_device(settings, device)
         if first.resume and checkpoint is None:

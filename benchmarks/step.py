@@ -154,7 +154,7 @@ def main(argv):
         raise UserError("a benchmark keeps no run: leave out --out and --resume")
     device = pick_device(first.device)
     train_dynat.check_device(settings, device)
-    settings |= {name: first for name, first in {"awp_start": 1, "burn_in": 0}.items() if name in settings}
+    settings |= {name: epoch for name, epoch in {"awp_start": 1, "burn_in": 0}.items() if name in settings}
     images = class_balanced_subset(load_images("tiny", "train"), args.updates * settings["batch_size"], 1).to(device)
     found = {"command": shlex.join(["python", "benchmarks/step.py", *argv]), **provenance(device)}
     print(f"{found['device']}, torch {found['torch']}, commit {found['commit']}")
