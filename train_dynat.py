@@ -359,7 +359,7 @@ def print_start(settings, images, run_dir, config):
     sizes = ", ".join(f"{n} {split}" for split, n in config["images"].items())
     print(f"{run_dir}: {sizes} images, {config['device']}")
     shown = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
-    words = [f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
+    words = [f"{name}={value:.5g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()]
     print(textwrap.fill(", ".join(words), 100, break_on_hyphens=False))
     rates = {first: settings["lr"] * factor for first, factor in settings["milestones"] if first <= settings["epochs"]}
     print("lr " + ", ".join(f"{rate:.4g} from epoch {first}" for first, rate in rates.items()))
