@@ -15,7 +15,7 @@ import re
 import sys
 import warnings
 import zipfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -120,12 +120,8 @@ def missing_keys(content, kinds):
     """The names in `kinds` under which `content` holds nothing of that kind; all of them if it is not a dict."""
     if not isinstance(content, dict):
         return list(kinds)
-    is_bool = lambda name: isinstance(content.get(name), bool)  # which Python counts among the int
-    return [
-        name
-        for name, kind in kinds.items()
-        if not isinstance(content.get(name), kind) or (is_bool(name) and kind not in (bool, object))
-    ]
+    fits = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)  # which Python counts as an int
+    return [name for name, kind in kinds.items() if not fits(content.get(name), kind)]
 
 
 # Networks
@@ -194,34 +190,32 @@ def load_weights(model, state_dict, source="checkpoint"):
     expected = model.state_dict()
     uncounted = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
     state_dict = {**uncounted, **state_dict}
-    for key in expected.keys() & state_dict.keys():
-        value, kind = state_dict[key], expected[key].dtype
-        if not isinstance(value, torch.Tensor) or (kind.is_floating_point and not _is_finite(value, kind)):
-            raise UserError(f"{source} is damaged: {key} is not a tensor of finite numbers")
-    missing = [key for key in expected if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in expected]
-    reshaped = [
-        f"{key} {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state_dict and state_dict[key].shape != expected[key].shape
-    ]
-    kinds = [("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)]
-    differences = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds if keys]
-    prefixes = {str(key).split(".")[0] for key in state_dict.keys() - uncounted.keys()}
-    if len(prefixes) == 1 and unexpected:
-        differences.append(f"all keys begin with '{prefixes.pop()}.'")
-    if differences:
-        raise UserError(f"{source} is of another network: {'; '.join(differences)}")
+    check_tensors(state_dict, expected, source)
     model.load_state_dict(state_dict)
 
 
-def _is_finite(tensor, dtype):
-    """Whether all of `tensor` are floating-point numbers that stay finite in `dtype`."""
-    return tensor.is_floating_point() and bool(tensor.to(dtype).isfinite().all())
-
-
-def _some(keys, shown=3):
-    return ", ".join(map(str, keys[:shown])) + (" ..." if len(keys) > shown else "")
+def check_tensors(found, expected, source):
+    """Raises UserError unless the dict `found` has the keys of `expected`, with tensors of the same shapes, and finite
+    where these are floating-point."""
+    both = [key for key in expected if key in found]
+    is_finite = lambda tensor, dtype: tensor.is_floating_point() and tensor.to(dtype).isfinite().all()
+    for key in both:
+        value, dtype = found[key], expected[key].dtype
+        if not isinstance(value, torch.Tensor) or (dtype.is_floating_point and not is_finite(value, dtype)):
+            raise UserError(f"{source} is damaged: {key} is not a tensor of finite numbers")
+    shapes = {key: (tuple(found[key].shape), tuple(expected[key].shape)) for key in both}
+    differing = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [f"{key} {new} instead of {old}" for key, (new, old) in shapes.items() if new != old],
+    }
+    some = lambda keys: ", ".join(map(str, keys[:3])) + (" ..." if len(keys) > 3 else "")
+    differences = [f"{len(keys)} {kind} ({some(keys)})" for kind, keys in differing.items() if keys]
+    prefixes = {str(key).split(".")[0] for key in differing["unexpected"]}
+    if len(prefixes) == 1 and all(key.endswith("num_batches_tracked") for key in both):
+        differences.append(f"all keys begin with '{prefixes.pop()}.'")
+    if differences:
+        raise UserError(f"{source} is of another network: {'; '.join(differences)}")
 
 
 def load_trained(path, target=None, dataset=None):
@@ -267,19 +261,22 @@ def claim_run_dir(run_dir, resume):
     if run_dir.exists() and not resume:
         raise UserError(f"{run_dir} exists already: continue it with --resume, or choose another folder with --out")
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    with ExitStack() as stack:
-        stack.callback(_remove_empty, made)
+    try:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{run_dir} cannot be made ({error.strerror}): choose another --out") from None
-        stack.enter_context(lock(run_dir, f"another run is at work in {run_dir}: wait for it, or choose another --out"))
-        checkpoint = load_run(run_dir / "last.pt") if (run_dir / "last.pt").exists() else None
-        if checkpoint is not None or _is_begun(run_dir):
-            for file in run_dir.iterdir():
-                if re.fullmatch(OUR_PARTIAL, file.name):  # a killed run was writing it
-                    file.unlink()
-        yield checkpoint
+        with lock(run_dir, f"another run is at work in {run_dir}: wait for it, or choose another --out"):
+            checkpoint = load_run(run_dir / "last.pt") if (run_dir / "last.pt").exists() else None
+            if checkpoint is not None or _is_begun(run_dir):
+                for file in run_dir.iterdir():
+                    if re.fullmatch(OUR_PARTIAL, file.name):  # a killed run was writing it
+                        file.unlink()
+            yield checkpoint
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 @contextmanager
@@ -311,12 +308,6 @@ def _is_begun(run_dir):
         if re.fullmatch(OUR_FILE, file.name) and not (begun and file == config):
             raise UserError(f"{file} is there, but no last.pt to continue from: choose another --out")
     return begun
-
-
-def _remove_empty(folders):
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
 
 
 def load_run(path):
@@ -354,13 +345,13 @@ def _is_json(value):
 
 def _is_log(log, epochs):
     """Whether `log` has a row of finite numbers, accuracies between 0 and 1, for each epoch from 1 to `epochs`."""
-    if not log or len(log) != epochs or not _is_json(log) or any(missing_keys(row, ROW) for row in log):
+    if not log or not _is_json(log) or any(missing_keys(row, ROW) for row in log):
         return False
-    numbers = [(name, value) for row in log for name, value in row.items()]
-    if not all(isinstance(name, str) and type(value) in (int, float) for name, value in numbers):
-        return False
-    accuracies = [value for name, value in numbers if name.endswith("_acc") or name.startswith("val_")]
-    return all(0 <= value <= 1 for value in accuracies) and [row["epoch"] for row in log] == list(range(1, epochs + 1))
+    numbers = [(str(name), value) for row in log for name, value in row.items()]
+    is_accuracy = lambda name: name.endswith("_acc") or name.startswith("val_")
+    fits = lambda name, value: type(value) in (int, float) and (0 <= value <= 1 or not is_accuracy(name))
+    in_order = len(log) == epochs and [row["epoch"] for row in log] == [*range(1, epochs + 1)]
+    return in_order and all(fits(*number) for number in numbers)
 
 
 def load_state(checkpoint, networks, ema, optimizer):
@@ -377,18 +368,13 @@ def load_state(checkpoint, networks, ema, optimizer):
 def load_momentum(optimizer, saved):
     """Loads the momentum of each weight from the state_dict of an SGD. All else in it follows from the settings."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    used = weights if optimizer.param_groups[0]["momentum"] else []
+    expected = dict(enumerate(weights)) if optimizer.param_groups[0]["momentum"] else {}
     try:
-        momenta = [saved["state"][index]["momentum_buffer"] for index in range(len(used))]
-        fits = len(saved["state"]) == len(used) and all(
-            momentum.shape == weight.shape and momentum.dtype == weight.dtype and _is_finite(momentum, weight.dtype)
-            for momentum, weight in zip(momenta, used, strict=True)
-        )
+        momenta = {index: state["momentum_buffer"] for index, state in saved["state"].items()}
     except (LookupError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        raise UserError("the checkpoint's optimizer is of other networks, or damaged: not each weight has its momentum")
-    state = {index: {"momentum_buffer": momentum.clone()} for index, momentum in enumerate(momenta)}
+        raise UserError("the checkpoint's momentum is damaged") from None
+    check_tensors(momenta, expected, "the checkpoint's momentum")
+    state = {index: {"momentum_buffer": momentum.clone()} for index, momentum in momenta.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

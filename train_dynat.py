@@ -18,6 +18,7 @@ import time
 from argparse import SUPPRESS, BooleanOptionalAction
 from contextlib import ExitStack
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -33,22 +34,6 @@ from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
 from models import NAMES, build_model
 from robustness import still_correct
 from speed import Fast, memory_format, tf32, update_ema
-from variants import (
-    at_awp,
-    dynat_awp,
-    dynat_gairat,
-    dynat_mail,
-    fat,
-    gairat,
-    lbgat,
-    mail,
-    mail_mse,
-    mart,
-    pgd_at,
-    sat,
-    trades,
-    trades_awp,
-)
 
 
 def dynat_step(
@@ -125,58 +110,30 @@ DYNAT = {
 METHODS = {
     "dynat": DYNAT,
     "dynat-inner": {**DYNAT, "step_settings": {**DYNAT["step_settings"], "inner": True}},
-    **dynat_awp.METHODS,
-    **dynat_gairat.METHODS,
-    **dynat_mail.METHODS,
-    **pgd_at.METHODS,
-    **trades.METHODS,
-    **mart.METHODS,
-    **fat.METHODS,
-    **sat.METHODS,
-    **gairat.METHODS,
-    **mail.METHODS,
-    **mail_mse.METHODS,
-    **at_awp.METHODS,
-    **trades_awp.METHODS,
-    **lbgat.METHODS,
 }
+VARIANTS = "dynat_awp dynat_gairat dynat_mail pgd_at trades mart fat sat gairat mail mail_mse at_awp trades_awp lbgat"
+for variant in VARIANTS.split():
+    METHODS |= import_module(f"variants.{variant}").METHODS
 
 ATTACK = {"epsilon": 0.031, "step_size": 2 / 255, "steps": 10}  # the paper's
 PAPER = {"target": "wrn34-10", "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4, **ATTACK}
-RUN = {
-    "method": "dynat",
-    "dataset": "cifar10",
-    "preset": "paper",
-    "data_dir": None,
-    "train_images": None,
-    "val_images": 0,
-    "lr_milestones": None,
-    "ema": 0.0,
-    "seed": 1,
-    "deterministic": True,
-    "precision": "fp32",
-    "compile": False,
-    "sync_bn": False,
-    "eval_every": 1,
-    "keep_from": None,
-}
 TINY = {"target": "cnn", "guide": "cnn", "epochs": 10, "batch_size": 32}  # about a minute on two cores
 
 
-def default_settings(method, dataset, preset, target=None, epochs=None):
-    """Every setting of a run where nothing else is typed: the paper's, then the method's own, those for this data set,
-    target and preset, then those of `tiny`. The schedule is that of `epochs`, if given."""
+def default_settings(method, dataset, preset, target=None, epochs=None, schedule_epochs=None):
+    """What these flags decide where nothing else is typed: the paper's settings, then the method's own, those for this
+    data set, target and preset, then those of `tiny`. The schedule is scaled to `schedule_epochs`, else to `epochs`."""
     choice = METHODS[method]
-    settings = {**RUN, **PAPER, **choice["step_settings"], **choice["training"]}
+    settings = {**PAPER, **choice["step_settings"], **choice["training"]}
     tiny = {name: value for name, value in TINY.items() if dataset == "tiny" and name in settings}
     target = target or {**PAPER, **tiny}["target"]
     for kind, name in (("for_dataset", dataset), ("for_target", target), ("for_preset", preset)):
         settings.update(choice.get(kind, {}).get(name, {}))
     own_epochs = settings["epochs"]
     settings.update(tiny)
-    if dataset.startswith("cifar"):
-        settings["data_dir"] = "data"
-    scale_schedule(settings, epochs or settings["epochs"], own_epochs)
+    settings["data_dir"] = "data" if dataset.startswith("cifar") else None
+    settings["schedule_epochs"] = epochs or settings["epochs"]
+    scale_schedule(settings, schedule_epochs or settings["schedule_epochs"], own_epochs)
     return settings
 
 
@@ -391,32 +348,26 @@ def network_name(text):
     return text
 
 
-def deciding_parser():
-    """The flags that decide what the others default to."""
-    p = Parser(add_help=False)
+def make_parser(defaults=None):
+    """The parser of all flags. `defaults` are settings of a method; a flag that is not among them is hidden. Without
+    them there is no --help: the parser only tells what is typed, which decides the defaults."""
+    p = Parser(prog="train_dynat.py", description=__doc__, add_help=defaults is not None)
     add = p.add_argument_group("what is trained, and where").add_argument
-    add("--method", choices=METHODS, metavar="M", default=RUN["method"], help=", ".join(METHODS))
-    add("--dataset", choices=DATASETS, default=RUN["dataset"], help="tiny is made up, no download")
+    add("--method", choices=METHODS, metavar="M", default="dynat", help=", ".join(METHODS))
+    add("--dataset", choices=DATASETS, default="cifar10", help="tiny is made up, no download")
     add("--target", type=network_name, metavar="NAME", help=NAMES)
-    add("--preset", choices=("paper", "release"), default=RUN["preset"],
+    add("--preset", choices=("paper", "release"), default="paper",
         help="whose settings, where the paper and its authors' release differ")  # fmt: skip
     add("--epochs", type=in_range(int, 1), metavar="N", help="the schedule scales with it, unless typed")
     add("--out", type=Path, metavar="DIR", help="default: runs/<method>-<dataset>-<target>-s<seed>-<what differs>")
     add("--resume", action="store_true",
         help="continue the run in --out, or start it; only --epochs and --data-dir may differ")  # fmt: skip
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    return p
-
-
-def full_parser(defaults):
-    """Every flag. Its default is that of `defaults`; a flag that is not among them is hidden: the method does not use
-    it."""
-    p = Parser(prog="train_dynat.py", description=__doc__, parents=[deciding_parser()])
-
     add = p.add_argument_group("data").add_argument
-    add("--data-dir", metavar="D", help="where CIFAR is or goes, or a folder with train/ and test/")
+    add("--data-dir", type=lambda folder: str(Path(folder).resolve()), metavar="D",
+        help="where CIFAR is or goes, or a folder with train/ and test/")  # fmt: skip
     add("--train-images", type=in_range(int, 2), metavar="N", help="train on a class-balanced subset")
-    add("--val-images", type=in_range(int, 0), metavar="N",
+    add("--val-images", type=in_range(int, 0), metavar="N", default=0,
         help="hold out N training images, class-balanced, and keep best.pt by PGD-10 on them")  # fmt: skip
     methods_own = p.add_argument_group("method")
     add = methods_own.add_argument
@@ -438,50 +389,63 @@ def full_parser(defaults):
     add = p.add_argument_group("optimisation").add_argument
     add("--batch-size", type=in_range(int, 1), help="of all processes together")
     add("--lr", type=in_range(parse_fraction, 0), help="learning rate before the schedule's factors")
+    add("--schedule-epochs", type=in_range(int, 1), metavar="N", help="scale the schedule to N epochs, not to --epochs")
     add("--lr-milestones", type=in_range(int, 1), nargs="+", metavar="EPOCH",
         help="divide lr by 10 at each, in the place of the method's own schedule")  # fmt: skip
     add("--momentum", type=in_range(parse_fraction, 0, 1), help="of SGD")
     add("--weight-decay", type=in_range(parse_fraction, 0), help="of all weights")
-    add("--ema", type=in_range(parse_fraction, 0, 1), metavar="DECAY",
+    add("--ema", type=in_range(parse_fraction, 0, 1), metavar="DECAY", default=0.0,
         help="keep an exponential moving average of the target as well; 0: none")  # fmt: skip
     add = p.add_argument_group("run").add_argument
-    add("--seed", type=in_range(int, 0), help="of networks, order, crops, flips and starts")
-    add("--deterministic", action=BooleanOptionalAction,
+    add("--seed", type=in_range(int, 0), default=1, help="of networks, order, crops, flips and starts")
+    add("--deterministic", action=BooleanOptionalAction, default=True,
         help="same seed, same device, same bytes (the default); --no-deterministic may be faster on a GPU")  # fmt: skip
-    add("--precision", choices=("fp32", "tf32", "bf16"),
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
         help="of the networks in training; losses, images and what is measured stay float32")  # fmt: skip
     add("--compile", action="store_true",
         help="torch.compile, and on a GPU the attack as a CUDA graph: slow to start, fast then")  # fmt: skip
     add("--sync-bn", action="store_true", help="under torchrun on GPUs: BatchNorm over the images of all processes")
-    add("--eval-every", type=in_range(int, 1), metavar="N", help="measure after each N epochs and the last")
+    add("--eval-every", type=in_range(int, 1), metavar="N", default=1, help="measure after each N epochs and the last")
     add("--keep-from", type=in_range(int, 1), metavar="N", help="keep the networks of each epoch from N on")
-    p.set_defaults(**defaults)
-    for action in methods_own._group_actions:
-        if action.dest not in defaults:
-            action.help = SUPPRESS
+    if defaults is not None:
+        p.set_defaults(**defaults)
+        for action in methods_own._group_actions:
+            if action.dest not in defaults:
+                action.default = action.help = SUPPRESS
     return p
 
 
 def parse(argv, settings=None):
-    """(every setting of the run, what `deciding_parser` finds, the parser that knows the defaults). The defaults are
-    those of the method, or the `settings` of a run that is continued. Raises UserError for a flag that the method
-    cannot use."""
-    first, _ = deciding_parser().parse_known_args(argv)
+    """(every setting of the run, all that `argv` says, the parser that knows the defaults). The defaults are those of
+    the method, or the `settings` of a run that is continued. Raises UserError for a flag that the method cannot use."""
+    typed, _ = make_parser().parse_known_args(argv)
     if settings is None:
-        settings = default_settings(first.method, first.dataset, first.preset, first.target, first.epochs)
-    parser = full_parser(settings)
-    args = vars(parser.parse_args(argv))
-    for name in args.keys() - settings.keys() - vars(first).keys():
-        if args[name] != parser.get_default(name):
+        deciding = (typed.method, typed.dataset, typed.preset, typed.target, typed.epochs, typed.schedule_epochs)
+        settings = default_settings(*deciding)
+    parser = make_parser(settings)
+    settings = vars(parser.parse_args(argv))
+    for name in settings:
+        if parser.get_default(name) == SUPPRESS:
             flag = "no-clean-forward" if name == "clean_forward" else name.replace("_", "-")
-            raise UserError(f"--method {args['method']} does not use --{flag}: leave it out")
-    settings = {name: value for name, value in args.items() if name in settings}
+            raise UserError(f"--method {settings['method']} does not use --{flag}: leave it out")
+    for name in ("out", "resume", "device"):  # where it is trained, not what
+        del settings[name]
     if settings["lr_milestones"] is not None:
         drops = enumerate(sorted(settings["lr_milestones"]), start=1)
         settings["milestones"] = [(1, 1.0)] + [(epoch, 10.0**-drop) for drop, epoch in drops]
-    if settings["data_dir"] is not None:
-        settings["data_dir"] = str(Path(settings["data_dir"]).resolve())
-    return settings, first, parser
+    return settings, typed, parser
+
+
+def as_flags(settings):
+    """The words that give these settings on the command line. Some follow from others and have no flag."""
+    words = []
+    for action in make_parser()._actions:
+        flag, value = action.option_strings[-1], settings.get(action.dest)
+        if isinstance(value, bool):
+            words += [flag] if value != action.default else []
+        elif value is not None:
+            words += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    return words
 
 
 def default_run_dir(settings, parser):
@@ -531,56 +495,36 @@ def check_device(settings, device):
 
 def check_settings(settings, path):
     """Raises UserError unless `settings`, from the checkpoint `path`, are such as the command line can give."""
-    deciding = {name: str(settings.get(name)) for name in ("method", "dataset", "preset", "target")}
-    if deciding["method"] not in METHODS:
-        raise UserError(f"{path} is of a method called {deciding['method']}: choose from {', '.join(METHODS)}")
-    expected = default_settings(**deciding)
-    given = {name: settings[name] for name in expected if name in settings}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if type(value) in (int, float, str)]
-    drops = settings.get("lr_milestones")
-    words += [f"--lr-milestones={epoch!r}" for epoch in drops] if isinstance(drops, list) else []
     try:
-        typed = vars(full_parser(expected).parse_known_args(words)[0])
+        found, _, _ = parse(as_flags(settings))
     except UserError as error:
         raise UserError(f"{path} holds a setting that cannot be: {error}") from None
-    wrong = settings.keys() ^ expected.keys()
-    wrong |= {name for name in expected if type(settings.get(name)) is not type(typed[name])}
-    schedules = {"milestones", "tau_milestones"} & expected.keys() - wrong
-    wrong |= {name for name in schedules if not is_schedule(settings[name])}
+    wrong = settings.keys() ^ found.keys() | {name for name in found if settings.get(name) != found[name]}
     if wrong:
         raise UserError(f"{path} has no {', '.join(sorted(map(str, wrong)))} that this version of the program can use")
 
 
-def is_schedule(value):
-    """Whether the list `value` is [(first epoch, number), ...], from epoch 1 on."""
-    kinds = [[type(part) for part in pair] if isinstance(pair, tuple) else pair for pair in value]
-    if not value or not all(kind in ([int, int], [int, float]) for kind in kinds):
-        return False
-    epochs, numbers = zip(*value, strict=True)
-    return epochs[0] == 1 and list(epochs) == sorted(epochs) and min(numbers) >= 0
-
-
 @exit_status
 def main(argv):
-    first, _ = deciding_parser().parse_known_args(argv)
-    run_dir, settings = first.out, None
-    if not first.resume or not run_dir:  # else the defaults may be those of a run, which is read under its lock
+    typed, _ = make_parser().parse_known_args(argv)
+    run_dir, settings = typed.out, None
+    if not typed.resume or not run_dir:  # else the defaults may be those of a run, which is read under its lock
         settings, _, parser = parse(argv)
         run_dir = run_dir or default_run_dir(settings, parser)
         shorter = default_run_dir({**settings, "epochs": parser.get_default("epochs")}, parser)
-        if first.resume and not run_dir.exists() and shorter.exists():
+        if typed.resume and not run_dir.exists() and shorter.exists():
             run_dir = shorter  # a run of the default number of epochs, which is to have more
     with ExitStack() as stack:
-        device = stack.enter_context(distributed.process_group(first.device))
+        device = stack.enter_context(distributed.process_group(typed.device))
         checkpoint = distributed.run_on_rank0(
-            lambda: stack.enter_context(checkpoints.claim_run_dir(run_dir, first.resume))
+            lambda: stack.enter_context(checkpoints.claim_run_dir(run_dir, typed.resume))
         )
         if checkpoint is not None:
             settings = resumed_settings(checkpoint, argv, run_dir)
         elif settings is None:
             settings, _, _ = parse(argv)
         check_device(settings, device)
-        if first.resume and checkpoint is None:
+        if typed.resume and checkpoint is None:
             print(f"note: no run in {run_dir} yet: starting it")
         deterministic = settings["deterministic"]
         stack.enter_context(numerics(deterministic=deterministic, benchmark=not deterministic))

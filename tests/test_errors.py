@@ -178,15 +178,17 @@ UNFINISHED = {
     "it has no log": [("epoch", 10**40), ("log/0/loss", NAN), ("log/0/test_acc", 1.5), ("log/0/seconds", GONE)],
     "the train images are not those of the run": [("images/train", 3)],
     "the run has other classes: 'a' there is 'class0' here": [("classes", list("abcdefghij"))],
-    "is of a method called ['dynat']: choose from dynat": [("settings/method", ["dynat"])],
+    "has no method that this version": [("settings/method", ["dynat"])],
+    "a setting that cannot be: argument --method: invalid choice: 'sgd'": [("settings/method", "sgd")],
     "a setting that cannot be: argument --batch-size: 0 is out of range": [("settings/batch_size", 0)],
     "has no beta that this version": [("settings/beta", 10**40), ("settings/beta", GONE)],
     "has no colour that this version": [("settings/colour", "red")],
     "has no milestones": [("settings/milestones", [(1, 1.0), (1,)]), ("settings/milestones", [(2, 1)])],
-    "has no lr_milestones that": [("settings/lr_milestones", 3)],
+    "has no lr_milestones, milestones that": [("settings/lr_milestones", 3)],
+    "has no inner that": [("settings/inner", True)],
     "the checkpoint has no guide": [("guide", [1])],
     f"the checkpoint's ema {DAMAGED}": [("ema/linear.bias", NAN * ONES)],
-    "its momentum": [("optimizer/state", {}), ("optimizer/state/99", 3), ("optimizer/state/0/momentum_buffer", ONES)],
+    "momentum is": [("optimizer/state", {}), ("optimizer/state/99", 3), ("optimizer/state/0/momentum_buffer", ONES)],
 }
 
 

@@ -106,9 +106,9 @@ def test_every_flag_is_read_by_something(tmp_path, monkeypatch):
     assert train_dynat.main(shlex.split(f"{TRAIN} {SMALL}")[2:]) == 0
     read = Recorder.read.union(*(method["step_settings"] for method in train_dynat.METHODS.values()))
     source = (ROOT / "train_dynat.py").read_text().split("def parse(")[1]
-    read |= set(re.findall(r'(?:first\.|settings\[")(\w+)', source))
+    read |= set(re.findall(r'(?:typed\.|settings\[")(\w+)', source))
     used = set(re.findall(r"\bargs\.(\w+)", (ROOT / "evaluate.py").read_text()))
-    training = train_dynat.full_parser(train_dynat.default_settings("dynat", "cifar10", "paper"))
+    training = train_dynat.make_parser(train_dynat.default_settings("dynat", "cifar10", "paper"))
     for parser, known in ((training, read), (evaluate.parser(), used)):
         assert {action.dest for action in parser._actions} - known == {"help"}
 

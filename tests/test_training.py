@@ -64,10 +64,13 @@ PUBLISHED = {  # epochs, lr, weight decay, epsilon, step size, milestones, the m
 
 def test_every_method_comes_with_its_published_settings():
     names = ("epochs", "lr", "weight_decay", "epsilon", "step_size", "milestones")
-    common = {"target": "wrn34-10", "batch_size": 128, "momentum": 0.9, "steps": 10}
+    common = {"target": "wrn34-10", "batch_size": 128, "momentum": 0.9, "steps": 10, "dataset": "cifar10", "seed": 1}
+    common |= {"preset": "paper", "data_dir": os.path.abspath("data"), "precision": "fp32", "deterministic": True}
+    common |= {"val_images": 0, "ema": 0.0, "eval_every": 1, "compile": False, "sync_bn": False}
+    common |= dict.fromkeys(("train_images", "lr_milestones", "keep_from"))
     for method, (*values, own) in PUBLISHED.items():
-        run = {**train_dynat.RUN, "method": method, "data_dir": os.path.abspath("data")}
-        expected = {**run, **common, **dict(zip(names, values, strict=True)), **own}
+        expected = {**common, **dict(zip(names, values, strict=True)), **own}
+        expected |= {"method": method, "schedule_epochs": expected["epochs"]}
         assert settings_of(f"--method {method}") == expected, method
     assert settings_of("") == settings_of("--method dynat --dataset cifar10 --target wrn34-10")
 
@@ -116,6 +119,7 @@ def test_a_run_is_named_by_what_differs_from_the_methods_defaults():
         "--dataset tiny --epochs 10 --seed 3": "dynat-tiny-cnn-s3",
         "--method mart --target resnet18 --epochs 120 --kl-weight 5": "mart-cifar10-resnet18-s1",
         "--no-clean-forward --preset release": "dynat-cifar10-wrn34-10-s1-preset-release-no-clean-forward",
+        "--epochs 76 --schedule-epochs 100": "dynat-cifar10-wrn34-10-s1-epochs-76-schedule-epochs-100",
         "--lr-milestones 9 8 --static-labels": "dynat-cifar10-wrn34-10-s1-static-labels-lr-milestones-9-8",
         "--data-dir x --eval-every 3 --keep-from 2 --no-deterministic --device cpu": "dynat-cifar10-wrn34-10-s1",
     }
@@ -145,6 +149,7 @@ def test_a_schedule_moves_with_the_epochs_unless_typed():
     check_schedules()
     typed = settings_of("--method dynat-mail --epochs 50 --burn-in 40 --lr-milestones 45 30")
     assert (typed["burn_in"], typed["milestones"]) == (40, [(1, 1.0), (30, 0.1), (45, 0.01)])
+    assert settings_of("--epochs 76 --schedule-epochs 100")["milestones"] == WARM_UP
     rates = [learning_rate(settings_of(""), epoch) for epoch in (1, 2, 75, 76, 90, 91, 100)]
     assert rates == pytest.approx([0.02, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
@@ -398,7 +403,7 @@ def test_resume_finds_the_run_by_its_default_name_and_more_epochs_leave_its_sche
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train_dynat.TINY, "epochs", 1)
     argv, other = ["--dataset", "tiny", "--device", "cpu", "--steps", "1", "--resume"], ["--seed=2", "--epochs=2"]
-    for typed, note in (([], True), (["--epochs=3"], False), (other, True), (other, False)):
+    for typed, note in (([], True), (["--epochs=2"], False), (["--epochs=3"], False), (other, True), (other, False)):
         assert main([*argv, *typed]) == 0
         assert ("note: no run in runs/" in capsys.readouterr().out) == note
     assert sorted(os.listdir("runs")) == ["dynat-tiny-cnn-s1-steps-1", "dynat-tiny-cnn-s2-epochs-2-steps-1"]

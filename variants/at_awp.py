@@ -38,10 +38,7 @@ def at_awp_step(
         optimizer.step()
     with torch.no_grad():
         target(x)  # no loss term: the release logs clean accuracy in train mode, so clean statistics enter BatchNorm
-    return x_adv, {
-        "loss": loss.detach(),
-        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
-    }
+    return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
 
 
 METHODS = {

@@ -27,10 +27,7 @@ def gairat_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, bu
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return x_adv, {
-        "loss": loss.detach(),
-        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
-    }
+    return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
 
 
 METHODS = {

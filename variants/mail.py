@@ -26,10 +26,7 @@ def mail_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, burn
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return x_adv, {
-        "loss": loss.detach(),
-        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
-    }
+    return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
 
 
 METHODS = {

@@ -23,10 +23,7 @@ def mart_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, kl_w
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return x_adv, {
-        "loss": loss.detach(),
-        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
-    }
+    return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
 
 
 METHODS = {
@@ -34,11 +31,7 @@ METHODS = {
         "step": mart_step,
         "start": "gaussian",
         "step_settings": {"step_size": 0.007, "kl_weight": 6.0},
-        "training": {
-            "epochs": 90,
-            "milestones": [(1, 1.0), (75, 0.1), (90, 0.01), (100, 0.001)],
-            "weight_decay": 7e-4,
-        },
+        "training": {"epochs": 90, "milestones": [(1, 1.0), (75, 0.1), (90, 0.01), (100, 0.001)], "weight_decay": 7e-4},
         "for_target": {"resnet18": {"epochs": 120, "lr": 0.01, "weight_decay": 3.5e-3, "kl_weight": 5.0}},
     }
 }

@@ -30,10 +30,7 @@ def pgd_at_step(target, optimizer, x, y, start, *, epsilon, step_size, steps):
     optimizer.step()
     with torch.no_grad():
         target(x)  # no loss term: the release logs clean accuracy in train mode, so clean statistics enter BatchNorm
-    return x_adv, {
-        "loss": loss.detach(),
-        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
-    }
+    return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
 
 
 METHODS = {

@@ -33,10 +33,7 @@ def sat_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, diffi
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return x_adv, {
-        "loss": loss.detach(),
-        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
-    }
+    return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
 
 
 METHODS = {

@@ -28,10 +28,7 @@ def trades_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, kl
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return x_adv, {
-        "loss": loss.detach(),
-        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
-    }
+    return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
 
 
 METHODS = {

@@ -39,10 +39,7 @@ def trades_awp_step(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return x_adv, {
-        "loss": loss.detach(),
-        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
-    }
+    return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
 
 
 METHODS = {
