@@ -122,65 +122,62 @@ def table(rows, cells):
 
 
 @contextmanager
-def open_progress(path, report, shapes, resume):
-    """Locks a progress file inside the `with`, which gets the finished batches, a list as of `to_tensors`, and a
-    function that adds one of `attack_columns`. A file without a batch is removed at the end.
+def open_progress(path, report, chains, parts, resume):
+    """Locks a progress file inside the `with`, which gets the finished batches, a list as of `attack_columns`, and a
+    function that writes one more. A file without a batch is removed at the end.
 
-    `shapes` are those of the rows of all batches, (images, columns). Raises UserError if another evaluation is at work
-    on the file, or if it is there and not of the evaluation that `report` describes.
+    `report` describes the evaluation, `chains` its columns, `parts` the indices of its batches. Raises UserError if
+    another evaluation is at work on the file, or if it is there and not of this evaluation.
     """
+
+    def append(line):
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+
     if path.exists() and not path.is_file():  # a pipe might never end
         raise UserError(f"{path} is not a file")
     if resume and not path.exists():
         print(f"note: there is no {path} to continue from: starting the evaluation")
-
-    def append(batch):
-        lines = [batch] if batches else [{"evaluation": report}, batch]
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
-        batches.append(to_tensors(batch, shapes[len(batches)]))
-
     path.touch()
     with checkpoints.lock(path, f"another evaluation is at work on {path}: wait for it, or choose another --json"):
         content = path.read_bytes()
         if content and not content.startswith(b'{"evaluation": '):
             raise UserError(f"{path} is not of an evaluation: rename it")
-        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)  # a kill may leave half a line
-        if len(lines) > 1 and not resume:
+        content = content[: content.rfind(b"\n") + 1]  # a kill may leave half a line
+        begun = content.count(b"\n") > 1
+        if begun and not resume:
             raise UserError(f"{path} is of an interrupted evaluation: continue it with --resume, or delete it")
-        batches = read_batches(lines, report, shapes, path) if len(lines) > 1 else []
-        os.truncate(path, sum(map(len, lines)) if batches else 0)
+        batches = read_batches(content, path, report, chains, parts) if begun else []
         try:
+            os.truncate(path, len(content) if batches else 0)
+            if not batches:
+                append({"evaluation": report})
             yield batches, append
         finally:
             if not batches:
                 path.unlink(missing_ok=True)
 
 
-def read_batches(lines, report, shapes, path):
-    """The batches in the lines of a progress file. Raises UserError if they are damaged or of another evaluation."""
+def read_batches(content, path, report, chains, parts):
+    """The batches in a progress file's content. Raises UserError if they are damaged or of another evaluation."""
     try:
-        before, *batches = [json.loads(line) for line in lines]
+        head, *batches = map(json.loads, content.splitlines())
         for name, value in report.items():
-            was = before["evaluation"].get(name)
+            was = head["evaluation"].get(name)
             if was != value and name not in ("command", "checkpoint", "python", "commit"):
                 raise UserError(f"{name.replace('_', ' ')} was {was}, is {value}: use {was}, or delete {path}")
-        return [to_tensors(batch, shape) for batch, shape in zip(batches, shapes[: len(batches)], strict=True)]
+        _, seconds = matrix_of(chains, batches)
+        fits = [len(batch["rows"]) for batch in batches] == [len(part) for part in parts[: len(batches)]]
+        fits &= all(0 <= value < math.inf for value in seconds.values())
+        fits &= all(isinstance(sentence, str) for batch in batches for sentence in batch["warnings"])
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):
-        raise UserError(f"{path} is damaged: delete it") from None
-
-
-def to_tensors(batch, shape):
-    """A batch of `attack_columns` as rows (images, columns) bool, seconds (columns,), warnings. Raises ValueError,
-    TypeError, LookupError or RuntimeError if it is not one."""
-    rows = torch.tensor([["01".index(bit) for bit in row] for row in batch["rows"]]).view(shape).bool()
-    seconds = torch.tensor(batch["seconds"], dtype=torch.float64).view(shape[1])
-    if not ((seconds >= 0) & seconds.isfinite()).all():
-        raise ValueError("no durations")
-    return rows, seconds, [sentence.strip() for sentence in batch["warnings"]]
+        fits = False
+    if not fits:
+        raise UserError(f"{path} is damaged: delete it")
+    return batches
 
 
 def load_test_images(args, content):
@@ -319,8 +316,7 @@ def main(argv):
 
     chains = plan_columns(networks, planned, total)
     parts = torch.arange(total).split(args.batch_size)
-    shapes = [(len(part), len({column for chain in chains.values() for column in chain})) for part in parts]
-    with open_progress(progress_file, report, shapes, args.resume) as (batches, append):
+    with open_progress(progress_file, report, chains, parts, args.resume) as (batches, append):
         for path in outputs:
             if path.exists() and len(batches) < len(parts):
                 raise UserError(f"{path} exists already: choose another --json, or delete it")
@@ -328,7 +324,9 @@ def main(argv):
         try:
             with Progress(total, done) as bar:
                 for part in parts[len(batches) :]:
-                    append(attack_columns(networks, chains, images, part, step_size=args.step_size, seed=args.seed))
+                    batch = attack_columns(networks, chains, images, part, step_size=args.step_size, seed=args.seed)
+                    append(batch)
+                    batches.append(batch)
                     done += len(part)
                     masks, _ = matrix_of(chains, batches)
                     means = [masks[chain[-1]][: chain[-1].n].double().mean() for chain in chains.values()]

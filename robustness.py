@@ -214,17 +214,18 @@ def attack_columns(networks, chains, images, indices, *, step_size, seed):
 
 
 def matrix_of(chains, batches):
-    """({column: mask over the images of the batches}, {column: seconds})."""
+    """({column: mask over the images of the batches}, {column: seconds}). Raises LookupError, TypeError, ValueError or
+    RuntimeError if the batches are not of these columns."""
     columns = {column: None for chain in chains.values() for column in chain}  # in order
-    masks = torch.cat([rows for rows, _, _ in batches]).T
-    seconds = sum(seconds for _, seconds, _ in batches).tolist()
-    return dict(zip(columns, masks, strict=True)), dict(zip(columns, seconds, strict=True))
+    masks = torch.tensor([["01".index(bit) for bit in row] for batch in batches for row in batch["rows"]]).bool()
+    seconds = torch.tensor([batch["seconds"] for batch in batches], dtype=torch.float64).sum(0).tolist()
+    return dict(zip(columns, masks.T, strict=True)), dict(zip(columns, seconds, strict=True))
 
 
 def collect_warnings(chains, masks, batches):
     """What AutoAttack's own checks found, of sentences that differ in numbers alone the first. The check of Square,
     whether it fooled many images that the other stages had left, needs the whole test set."""
-    sentences = [sentence for _, _, warnings in batches for sentence in warnings]
+    sentences = [sentence for batch in batches for sentence in batch["warnings"]]
     for (role, name), chain in chains.items():
         if name == "aa":
             from pyautoattack.checks import check_square_sr

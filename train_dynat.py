@@ -352,61 +352,54 @@ def make_parser(defaults=None):
     """The parser of all flags. `defaults` are settings of a method; a flag that is not among them is hidden. Without
     them there is no --help: the parser only tells what is typed, which decides the defaults."""
     p = Parser(prog="train_dynat.py", description=__doc__, add_help=defaults is not None)
+    whole, count = in_range(int, 0), in_range(int, 1)
+    number, share = in_range(parse_fraction, 0), in_range(parse_fraction, 0, 1)
     add = p.add_argument_group("what is trained, and where").add_argument
     add("--method", choices=METHODS, metavar="M", default="dynat", help=", ".join(METHODS))
     add("--dataset", choices=DATASETS, default="cifar10", help="tiny is made up, no download")
     add("--target", type=network_name, metavar="NAME", help=NAMES)
-    add("--preset", choices=("paper", "release"), default="paper",
-        help="whose settings, where the paper and its authors' release differ")  # fmt: skip
-    add("--epochs", type=in_range(int, 1), metavar="N", help="the schedule scales with it, unless typed")
+    add("--preset", choices=("paper", "release"), default="paper", help="whose settings, where the two differ")
+    add("--epochs", type=count, metavar="N", help="the schedule scales with it, unless typed")
     add("--out", type=Path, metavar="DIR", help="default: runs/<method>-<dataset>-<target>-s<seed>-<what differs>")
-    add("--resume", action="store_true",
-        help="continue the run in --out, or start it; only --epochs and --data-dir may differ")  # fmt: skip
+    add("--resume", action="store_true", help="continue --out, or start it; only --epochs and --data-dir may differ")
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add = p.add_argument_group("data").add_argument
-    add("--data-dir", type=lambda folder: str(Path(folder).resolve()), metavar="D",
-        help="where CIFAR is or goes, or a folder with train/ and test/")  # fmt: skip
+    absolute = lambda folder: str(Path(folder).resolve())
+    add("--data-dir", type=absolute, metavar="D", help="where CIFAR is or goes, or a folder with train/ and test/")
     add("--train-images", type=in_range(int, 2), metavar="N", help="train on a class-balanced subset")
-    add("--val-images", type=in_range(int, 0), metavar="N", default=0,
-        help="hold out N training images, class-balanced, and keep best.pt by PGD-10 on them")  # fmt: skip
+    add("--val-images", type=whole, metavar="N", default=0, help="hold out N images, keep best.pt by PGD-10 on them")
     methods_own = p.add_argument_group("method")
     add = methods_own.add_argument
     add("--guide", type=network_name, metavar="NAME", help="a network, as --target")
     add("--static-labels", action="store_true", help="the ground truth in the place of the dynamic labels")
-    add("--beta", type=in_range(parse_fraction, 0), help="weight of the target's loss, Eq. (6)")
-    add("--kl-weight", type=in_range(parse_fraction, 0), metavar="W", help="weight of the KL term")
-    add("--awp-gamma", type=in_range(parse_fraction, 0), metavar="G",
-        help="size of the weight perturbation, relative to the weights")  # fmt: skip
-    add("--awp-start", type=in_range(int, 1), metavar="EPOCH", help="the first with perturbed weights")
-    add("--burn-in", type=in_range(int, 0), metavar="N", help="epochs before instances are weighted")
-    add("--label-smoothing", type=in_range(parse_fraction, 0, 1), metavar="A", help="of the target's labels")
-    add("--no-clean-forward", dest="clean_forward", action="store_false",
-        help="keep clean images out of the target's BatchNorm")  # fmt: skip
+    add("--beta", type=number, help="weight of the target's loss, Eq. (6)")
+    add("--kl-weight", type=number, metavar="W", help="weight of the KL term")
+    add("--awp-gamma", type=number, metavar="G", help="size of the weight perturbation, relative to the weights")
+    add("--awp-start", type=count, metavar="EPOCH", help="the first with perturbed weights")
+    add("--burn-in", type=whole, metavar="N", help="epochs before instances are weighted")
+    add("--label-smoothing", type=share, metavar="A", help="of the target's labels")
+    add("--no-clean-forward", dest="clean_forward", action="store_false", help="keep clean images out of BatchNorm")
     add = p.add_argument_group("attack").add_argument
-    add("--epsilon", type=in_range(parse_fraction, 0, 1), help="radius in units of pixels in [0, 1], as 8/255")
-    add("--step-size", type=in_range(parse_fraction, 0, 1), help="of PGD, in the same units")
+    add("--epsilon", type=share, help="radius in units of pixels in [0, 1], as 8/255")
+    add("--step-size", type=share, help="of PGD, in the same units")
     add("--steps", type=in_range(int, 1, 1000), help="of PGD")
     add = p.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=in_range(int, 1), help="of all processes together")
-    add("--lr", type=in_range(parse_fraction, 0), help="learning rate before the schedule's factors")
-    add("--schedule-epochs", type=in_range(int, 1), metavar="N", help="scale the schedule to N epochs, not to --epochs")
-    add("--lr-milestones", type=in_range(int, 1), nargs="+", metavar="EPOCH",
-        help="divide lr by 10 at each, in the place of the method's own schedule")  # fmt: skip
-    add("--momentum", type=in_range(parse_fraction, 0, 1), help="of SGD")
-    add("--weight-decay", type=in_range(parse_fraction, 0), help="of all weights")
-    add("--ema", type=in_range(parse_fraction, 0, 1), metavar="DECAY", default=0.0,
-        help="keep an exponential moving average of the target as well; 0: none")  # fmt: skip
+    add("--batch-size", type=count, help="of all processes together")
+    add("--lr", type=number, help="learning rate before the schedule's factors")
+    add("--schedule-epochs", type=count, metavar="N", help="scale the schedule to N epochs, not to --epochs")
+    add("--lr-milestones", type=count, nargs="+", metavar="EPOCH", help="divide lr by 10 at each: the whole schedule")
+    add("--momentum", type=share, help="of SGD")
+    add("--weight-decay", type=number, help="of all weights")
+    add("--ema", type=share, metavar="DECAY", default=0.0, help="keep a moving average of the target as well; 0: none")
     add = p.add_argument_group("run").add_argument
-    add("--seed", type=in_range(int, 0), default=1, help="of networks, order, crops, flips and starts")
+    add("--seed", type=whole, default=1, help="of networks, order, crops, flips and starts")
     add("--deterministic", action=BooleanOptionalAction, default=True,
         help="same seed, same device, same bytes (the default); --no-deterministic may be faster on a GPU")  # fmt: skip
-    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-        help="of the networks in training; losses, images and what is measured stay float32")  # fmt: skip
-    add("--compile", action="store_true",
-        help="torch.compile, and on a GPU the attack as a CUDA graph: slow to start, fast then")  # fmt: skip
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of the networks, in training alone")
+    add("--compile", action="store_true", help="torch.compile, and on a GPU CUDA graphs: slow to start, fast then")
     add("--sync-bn", action="store_true", help="under torchrun on GPUs: BatchNorm over the images of all processes")
-    add("--eval-every", type=in_range(int, 1), metavar="N", default=1, help="measure after each N epochs and the last")
-    add("--keep-from", type=in_range(int, 1), metavar="N", help="keep the networks of each epoch from N on")
+    add("--eval-every", type=count, metavar="N", default=1, help="measure after each N epochs and the last")
+    add("--keep-from", type=count, metavar="N", help="keep the networks of each epoch from N on")
     if defaults is not None:
         p.set_defaults(**defaults)
         for action in methods_own._group_actions:
@@ -436,7 +429,7 @@ def parse(argv, settings=None):
     return settings, typed, parser
 
 
-def as_flags(settings):
+def as_flags(settings, show=str):
     """The words that give these settings on the command line. Some follow from others and have no flag."""
     words = []
     for action in make_parser()._actions:
@@ -444,34 +437,32 @@ def as_flags(settings):
         if isinstance(value, bool):
             words += [flag] if value != action.default else []
         elif value is not None:
-            words += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+            words += [flag, *map(show, value)] if isinstance(value, list) else [f"{flag}={show(value)}"]
     return words
 
 
 def default_run_dir(settings, parser):
     """runs/ and a name of what differs from the method's defaults."""
-    name = "-".join([settings["method"], settings["dataset"], settings["target"], f"s{settings['seed']}"])
-    left_out = ("method", "dataset", "target", "seed")  # they are in it already
+    left_out = ("method", "dataset", "target", "seed")  # they stand first
     left_out += ("data_dir", "eval_every", "keep_from", "deterministic")  # no weights depend on them
-    left_out += ("milestones",)  # they follow from other settings
-    for setting, value in settings.items():
-        if setting in left_out or value == parser.get_default(setting):
-            continue
-        flag = setting.replace("_", "-")
-        if isinstance(value, bool):
-            name += f"-{flag}" if value else f"-no-{flag}"
-        else:
-            values = value if isinstance(value, list) else [value]
-            name += f"-{flag}-" + "-".join(v if isinstance(v, str) else f"{v:g}" for v in values)
-    return Path("runs") / name
+    differing = {name: value for name, value in settings.items() if value != parser.get_default(name)}
+    differing = {name: value for name, value in differing.items() if name not in left_out}
+    words = as_flags(differing, lambda value: value if isinstance(value, str) else f"{value:g}")
+    first = [settings["method"], settings["dataset"], settings["target"], f"s{settings['seed']}"]
+    return Path("runs") / "-".join([*first, *(word.lstrip("-").replace("=", "-") for word in words)])
 
 
 def resumed_settings(checkpoint, argv, run_dir):
     """The settings of the run in `run_dir`, continued by the flags `argv`. Another --epochs leaves the schedule as it
-    is. Raises UserError for any other flag that differs, for epochs that are past, and for settings that this version
-    of the program would not train with."""
-    before = checkpoint["settings"]
-    check_settings(before, run_dir / "last.pt")
+    is. Raises UserError for any other flag that differs, for epochs that are past, and for settings that the command
+    line of this version cannot give."""
+    before, path = checkpoint["settings"], run_dir / "last.pt"
+    try:
+        found, _, _ = parse(as_flags(before))
+    except UserError as error:
+        raise UserError(f"{path} holds a setting that cannot be: {error}") from None
+    if wrong := before.keys() ^ found.keys() | {name for name in found if before.get(name) != found[name]}:
+        raise UserError(f"{path} has no {', '.join(sorted(map(str, wrong)))} that this version of the program can use")
     settings, _, _ = parse(argv, before)
     for name, value in settings.items():
         if name not in ("epochs", "data_dir") and value != before[name]:
@@ -491,17 +482,6 @@ def check_device(settings, device):
             raise UserError("--precision tf32 needs an NVIDIA GPU: leave it out")
     if settings["sync_bn"] and settings["compile"]:
         raise UserError("--sync-bn synchronises the GPU in every forward, which --compile cannot capture: choose one")
-
-
-def check_settings(settings, path):
-    """Raises UserError unless `settings`, from the checkpoint `path`, are such as the command line can give."""
-    try:
-        found, _, _ = parse(as_flags(settings))
-    except UserError as error:
-        raise UserError(f"{path} holds a setting that cannot be: {error}") from None
-    wrong = settings.keys() ^ found.keys() | {name for name in found if settings.get(name) != found[name]}
-    if wrong:
-        raise UserError(f"{path} has no {', '.join(sorted(map(str, wrong)))} that this version of the program can use")
 
 
 @exit_status

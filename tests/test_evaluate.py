@@ -224,8 +224,7 @@ def masks_of(model, images, attacks):
     indices = torch.arange(len(images.y))
     chains = robustness.plan_columns(["target"], attacks, len(indices))
     batch = robustness.attack_columns({"target": model}, chains, images, indices, step_size=0, seed=0)
-    batch = evaluate.to_tensors(batch, (len(indices), len(batch["seconds"])))
-    return chains, robustness.matrix_of(chains, [batch])[0], batch[2]
+    return chains, robustness.matrix_of(chains, [batch])[0], batch["warnings"]
 
 
 NOISY = lambda _, __, logits: logits + 0.1 * torch.randn_like(logits)
@@ -262,7 +261,7 @@ def test_the_check_of_square_sees_the_whole_test_set():
     for fooled, heard in ((2, False), (3, True)):
         masks = {column: torch.arange(1000) < 500 for column in chain[:-1]}
         masks[chain[-1]] = (torch.arange(1000) < 500) & (torch.arange(1000) >= fooled)
-        batches = [(None, None, ["target: there are 3 points!"]), (None, None, ["target: there are 4 points!"])]
+        batches = [{"warnings": [f"target: there are {points} points!"]} for points in (3, 4)]
         points, *square = robustness.collect_warnings({("target", "aa"): chain}, masks, batches)
         assert points == "target: there are 3 points!" and len(square) == heard
         assert all("target: AutoAttack: Square Attack has decreased" in sentence for sentence in square)
