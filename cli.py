@@ -130,35 +130,28 @@ def in_range(convert, low, high=math.inf):
     return parse
 
 
-class Progress:
+class Progress(tqdm):
     """A bar on a terminal. Elsewhere a line with the time left every minute."""
 
     def __init__(self, total, done):
-        self.bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=None, smoothing=0.05)
-        self.total, self.before, self.done = total, done, done
-        self.began = self.spoke = time.monotonic()
+        super().__init__(total=total, initial=done, unit="img", unit_scale=True, disable=None, smoothing=0.05)
+        self.before, self.began, self.spoke = done, time.monotonic(), time.monotonic()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def update(self, n, text):
-        """`n` more images are done; `text` says where we are."""
-        self.done += n
-        now = time.monotonic()
-        if not self.bar.disable:
-            self.bar.set_description(text, refresh=False)
-            self.bar.update(n)
-        elif now - self.spoke > 60:
-            self.spoke = now
-            left = (now - self.began) * (self.total - self.done) / (self.done - self.before)
-            print(f"{text}: about {tqdm.format_interval(left)} left", flush=True)
+    def advance(self, images, text):
+        """So many more images are done; `text` says where we are."""
+        self.set_description(text, refresh=False)
+        self.update(images)
+        if self.disable:  # there is no terminal
+            self.n += images
+            now = time.monotonic()
+            if now - self.spoke > 60:
+                self.spoke = now
+                left = (now - self.began) * (self.total - self.n) / (self.n - self.before)
+                print(f"{text}: about {self.format_interval(left)} left", flush=True)
 
     def write(self, line):
         """Prints a line above the bar, at once."""
-        self.bar.write(line)
+        super().write(line)
         sys.stdout.flush()
 
 

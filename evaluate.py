@@ -331,7 +331,7 @@ def main(argv):
                     masks, _ = matrix_of(chains, batches)
                     means = [masks[chain[-1]][: chain[-1].n].double().mean() for chain in chains.values()]
                     shown = [f"{' '.join(key)} {mean:.1%}" for key, mean in zip(chains, means, strict=True)]
-                    bar.update(len(part), "  ".join(shown))
+                    bar.advance(len(part), "  ".join(shown))
             masks, seconds = matrix_of(chains, batches)
             report["warnings"] = collect_warnings(chains, masks, batches)
             report["results"] = [

@@ -240,7 +240,7 @@ def train(settings, run_dir, device, checkpoint=None):
                         first_update = epoch == 1 and not history
                         update_ema(ema, networks["target"], 0.0 if first_update else settings["ema"])
                     history.append(len(y[shard]) * torch.stack([*metrics.values()]))  # stays on the device
-                    progress.update(len(y), f"epoch {epoch}/{epochs}")
+                    progress.advance(len(y), f"epoch {epoch}/{epochs}")
 
             (history,) = distributed.all_reduce(torch.stack(history))  # (updates, metrics), sums over images
             history = history.cpu().double()  # the first read from the device in this epoch

@@ -240,6 +240,16 @@ def test_closed_streams_and_a_terminal_without_the_letters_do_not_end_a_command(
     assert train_dynat.main(f"{SHORT} --out b".split()) == 0
 
 
+def test_without_a_terminal_the_time_left_is_a_line_every_minute(monkeypatch, capsys):
+    monkeypatch.setattr(cli.time, "monotonic", Mock(side_effect=[0, 0, 50, 61, 100, 122]))
+    with cli.Progress(total=100, done=20) as progress:
+        for _ in range(4):
+            progress.advance(10, "epoch 1/2")
+        progress.write("epoch 1")
+    lines = ["epoch 1/2: about 03:03 left", "epoch 1/2: about 02:02 left", "epoch 1"]
+    assert capsys.readouterr() == ("\n".join([*lines, ""]), "")
+
+
 def test_main_also_in_a_thread_leaves_nothing_behind_and_restores_torch(error_of):
     def state():
         precisions = [part.fp32_precision for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]
