@@ -18,7 +18,6 @@ import time
 from argparse import SUPPRESS, BooleanOptionalAction
 from contextlib import ExitStack
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
 from models import NAMES, build_model
 from robustness import still_correct
 from speed import Fast, memory_format, tf32, update_ema
+from variants import awp, fat, gairat, lbgat, mail, mart, pgd_at, sat, trades
 
 
 def dynat_step(
@@ -111,9 +111,8 @@ METHODS = {
     "dynat": DYNAT,
     "dynat-inner": {**DYNAT, "step_settings": {**DYNAT["step_settings"], "inner": True}},
 }
-VARIANTS = "dynat_awp dynat_gairat dynat_mail pgd_at trades mart fat sat gairat mail mail_mse at_awp trades_awp lbgat"
-for variant in VARIANTS.split():
-    METHODS |= import_module(f"variants.{variant}").METHODS
+for variant in (awp, gairat, mail, pgd_at, trades, mart, fat, sat, lbgat):
+    METHODS |= variant.METHODS
 
 ATTACK = {"epsilon": 0.031, "step_size": 2 / 255, "steps": 10}  # the paper's
 PAPER = {"target": "wrn34-10", "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4, **ATTACK}
