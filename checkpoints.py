@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.transforms import Normalize
 
 from cli import PARTIAL, UserError, atomic_write, first_line, write_text
 from models import build_model
@@ -152,33 +153,20 @@ def bare_state_dict(content):
     return state_dict
 
 
-class Normalised(nn.Module):
-    """model((x - mean) / std): images x (B, 3, H, W) in [0, 1], mean and std (1, 3, 1, 1) per channel."""
-
-    def __init__(self, model, mean, std):
-        super().__init__()
-        self.model = model
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-
-    def forward(self, x):
-        return self.model((x - self.mean) / self.std)
-
-
 def take_normalisation(state_dict):
-    """Splits a bare state_dict into the network's own entries and its normalisation, (mean, std) or None.
+    """Splits a bare state_dict into the network's own entries and a layer that normalises its images, or None.
 
     Raises UserError if mean and std are not those of images in [0, 1].
     """
     for names in NORMALISATIONS:
         if all(name in state_dict for name in names):
-            mean, std = (state_dict[name].float() for name in names)
-            sizes = {mean.numel(), std.numel()}
+            mean, std = (state_dict[name].float().flatten() for name in names)
+            sizes = {len(mean), len(std)}
             if not sizes <= {1, 3} or not ((mean >= 0) & (mean <= 1)).all() or not ((std > 0) & (std <= 1)).all():
                 shown = " and ".join(f"{name} {state_dict[name].flatten()[:3].tolist()}" for name in names)
                 raise UserError(f"the file's normalisation is not one of RGB images in [0, 1]: {shown}")
             rest = {key: value for key, value in state_dict.items() if key not in names}
-            return rest, tuple(value.flatten().expand(3).reshape(1, 3, 1, 1).clone() for value in (mean, std))
+            return rest, Normalize(mean.expand(3).tolist(), std.expand(3).tolist())
     return state_dict, None
 
 
@@ -244,7 +232,7 @@ def load_network(content, role, path, num_classes, memory_format=torch.channels_
     state_dict, normalisation = take_normalisation(content[role])
     load_weights(model, state_dict, f"the {role} in {path}")
     if normalisation:
-        model = Normalised(model, *normalisation)
+        model = nn.Sequential(normalisation, model)
     return model.to(memory_format=memory_format).eval().requires_grad_(False)
 
 
@@ -267,7 +255,7 @@ def claim_run_dir(run_dir, resume):
         except OSError as error:
             raise UserError(f"{run_dir} cannot be made ({error.strerror}): choose another --out") from None
         with lock(run_dir, f"another run is at work in {run_dir}: wait for it, or choose another --out"):
-            checkpoint = load_run(run_dir / "last.pt") if (run_dir / "last.pt").exists() else None
+            checkpoint = load_run(run_dir / "last.pt")
             if checkpoint is not None or _is_begun(run_dir):
                 for file in run_dir.iterdir():
                     if re.fullmatch(OUR_PARTIAL, file.name):  # a killed run was writing it
@@ -311,13 +299,13 @@ def _is_begun(run_dir):
 
 
 def load_run(path):
-    """The checkpoint of a run, to continue it. Raises UserError if it is not one."""
+    """The checkpoint of a run, to continue it; None if there is none. Raises UserError if it is something else."""
     try:
-        checkpoint = load(path)
-        check_run(checkpoint, path, RUN)
+        if path.exists():
+            check_run(checkpoint := load(path), path, RUN)
+            return checkpoint
     except UserError as error:
         raise UserError(f"{error}; bring back a copy of it, or start anew with another --out") from None
-    return checkpoint
 
 
 def check_run(content, path, kinds):

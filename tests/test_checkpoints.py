@@ -160,7 +160,7 @@ def test_a_normalisation_kept_with_the_weights_goes_in_front_of_the_network(name
     state, normalisation = take_normalisation(bare_state_dict({**content, names[0]: mean, names[1]: std.view(3, 1, 1)}))
     load_weights(loaded, state)
     expected = net((x - mean.view(3, 1, 1)) / std.view(3, 1, 1))
-    assert torch.allclose(checkpoints.Normalised(loaded, *normalisation)(x), expected, atol=1e-6)
+    assert torch.allclose(loaded(normalisation(x)), expected, atol=1e-6)
     for name, value in (("mean", 127.0), ("mean", -0.1), ("mean", torch.nan), ("std", 64.0), ("std", 0.0)):
         bad = {**STATE, "mean": mean, "std": std, name: torch.full((3,), value)}
         assert "the file's normalisation is not one of RGB images in [0, 1]: mean [" in message(take_normalisation, bad)
