@@ -129,10 +129,8 @@ def missing_keys(content, kinds):
 
 
 def bare_state_dict(content):
-    """The state_dict inside `content` with this project's keys: without wrappers, prefixes and dead entries.
-
-    Raises UserError if there is none, or if two entries get the same key.
-    """
+    """The state_dict inside `content` with this project's keys: without wrappers, prefixes and dead entries. Raises
+    UserError if there is none, or if two entries get the same key."""
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -154,10 +152,8 @@ def bare_state_dict(content):
 
 
 def take_normalisation(state_dict):
-    """Splits a bare state_dict into the network's own entries and a layer that normalises its images, or None.
-
-    Raises UserError if mean and std are not those of images in [0, 1].
-    """
+    """Splits a bare state_dict into the network's own entries and a layer that normalises its images, or None. Raises
+    UserError if mean and std are not those of images in [0, 1]."""
     for names in NORMALISATIONS:
         if all(name in state_dict for name in names):
             mean, std = (state_dict[name].float().flatten() for name in names)
@@ -346,10 +342,8 @@ def load_state(checkpoint, networks, ema, optimizer):
     """Loads networks, EMA network (or None) and optimizer from a run's checkpoint. Raises UserError if it is of
     others."""
     models = networks if ema is None else {**networks, "ema": ema}
-    if missing := missing_keys(checkpoint, dict.fromkeys(models, dict)):
-        raise UserError(f"the checkpoint has no {', '.join(missing)}")
     for role, model in models.items():
-        load_weights(model, checkpoint[role], f"the checkpoint's {role}")
+        load_weights(model, checkpoint.get(role), f"the checkpoint's {role}")
     load_momentum(optimizer, checkpoint["optimizer"])
 
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -56,10 +56,8 @@ def under_torchrun():
 
 
 def exit_status(main):
-    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C.
-
-    Under torchrun, rank 0 prints the line; every rank prints its own lack of memory.
-    """
+    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C. Under
+    torchrun, rank 0 prints the line; every rank prints its own lack of memory."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -182,19 +180,16 @@ def numerics(*, deterministic, benchmark=False):
         (torch.backends.cudnn, "benchmark", benchmark),
         (torch.utils.deterministic, "fill_uninitialized_memory", False),  # finds bugs, but writes all memory twice
     ]
-    before = [getattr(owner, name) for owner, name, _ in switches]
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it before its first product
-    try:
+    with ExitStack() as undo:
+        undo.callback(torch.use_deterministic_algorithms, was_deterministic, warn_only=warned_only)
         for owner, name, value in switches:
+            undo.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         torch.use_deterministic_algorithms(deterministic)
         yield
-    finally:
-        torch.use_deterministic_algorithms(was_deterministic, warn_only=warned_only)
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
 
 
 def provenance(device):

@@ -74,10 +74,8 @@ def crop_and_flip(x, top, left, flip):
 
 
 def train_batches(images, batch_size, seed, epoch, memory_format=torch.channels_last):
-    """One epoch: every image once, in an order drawn from (seed, epoch). The last, smaller batch is kept.
-
-    Yields x (B, 3, 32, 32) in [0, 1], cropped and flipped, y (B,), and the generator of the step's other draws.
-    """
+    """One epoch: every image once, in an order drawn from (seed, epoch). The last, smaller batch is kept. Yields
+    x (B, 3, 32, 32) in [0, 1], cropped and flipped, y (B,), and the generator of the step's other draws."""
     device = images.x.device
     order = torch.randperm(len(images.y), generator=make_generator("cpu", seed, "order", epoch)).to(device)
     for step, indices in enumerate(order.split(batch_size), start=1):

@@ -223,25 +223,21 @@ def parser():
     add = p.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, help="default: the run's")
     add("--data-dir", metavar="D", help="default: the run's, else 'data'")
-    add("--images", type=in_range(int, 1), metavar="N",
-        help="a class-balanced subset of the test images, drawn from --seed (default: all)")  # fmt: skip
+    add("--images", type=in_range(int, 1), metavar="N", help="class-balanced, drawn from --seed (default: all images)")
     add = p.add_argument_group("attack").add_argument
     add("--protocol", choices=("standard", "paper"), default="standard", help="see above")
-    add("--attacks", type=attack_names, metavar="LIST",
-        help="of clean, fgsm, pgd<steps>, cw, apgd, aa-fast, aa "
-             f"(default: {DEFAULT_ATTACKS}; with --protocol paper also aa)")  # fmt: skip
-    add("--epsilon", type=in_range(parse_fraction, 0, 1), default=8 / 255, metavar="E",
-        help="radius in units of pixels in [0, 1] (default: 8/255, the release)")  # fmt: skip
-    add("--step-size", type=in_range(parse_fraction, 0, 1), default=2 / 255, metavar="A",
-        help="of pgd and cw (default: 2/255, the paper)")  # fmt: skip
+    default = f"default: {DEFAULT_ATTACKS}; with --protocol paper also aa"
+    add("--attacks", type=attack_names, metavar="LIST", help=f"as above, with commas between them ({default})")
+    share = in_range(parse_fraction, 0, 1)
+    add("--epsilon", type=share, default=8 / 255, metavar="E", help="radius for pixels in [0, 1] (default: 8/255)")
+    add("--step-size", type=share, default=2 / 255, metavar="A", help="of pgd and cw (default: 2/255, the paper)")
     add = p.add_argument_group("run").add_argument
     add("--batch-size", type=in_range(int, 1), default=256, metavar="B", help="a kill loses one batch at most")
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add("--seed", type=in_range(int, 0), default=0, metavar="S", help="of starts, AutoAttack and subset")
     add("--json", type=Path, metavar="FILE", help="write the figures there, and the matrix in an .npz beside it")
-    add("--resume", action="store_true",
-        help="continue an interrupted evaluation, to the same figures; FILE.progress beside the JSON, else beside the "
-             "checkpoint, has the finished batches")  # fmt: skip
+    beside = "FILE.progress, or that of the checkpoint, has its batches"
+    add("--resume", action="store_true", help=f"continue an interrupted evaluation, to the same figures; {beside}")
     return p
 
 

@@ -86,28 +86,28 @@ def read_run(folder, runs):
         name: [(epoch, *measured(row[name], n)) for epoch, row in enumerate(log, start=1) if name in row]
         for name, n in sizes.items()
     }
-    about = {"title": method_name(config["settings"], folder.name), "source": folder.name}
-    runs.append(SimpleNamespace(settings=config["settings"], sizes=sizes, curves=curves, **about))
+    title = method_name(config["settings"], folder.name)
+    runs.append(
+        SimpleNamespace(title=title, source=folder.name, settings=config["settings"], sizes=sizes, curves=curves)
+    )
 
 
 def read_evaluation(path, networks):
     """Adds the networks in a JSON file of evaluate.py. `rows` are the results by attack. Several files may hold
     different attacks on one network."""
     report = json.loads(read(path))
-    settings, checkpoint = report["trained"]["settings"], Path(report["checkpoint"])
+    trained, checkpoint = report["trained"], Path(report["checkpoint"])
     source = f"{checkpoint.parent.name}/{checkpoint.stem}"
     for row in report["results"]:
-        attack = str(row["attack"])
         words = [word for word in (report["weights"], row["network"]) if word in ("ema", "guide")]
-        title = ", ".join([method_name(settings, checkpoint.stem), *words])
+        title = ", ".join([method_name(trained["settings"], checkpoint.stem), *words])
         row["percent"] = measured(row["correct"] / row["n"], row["n"])
         if "epsilon" in row:
             row["epsilon"] = pixel_units(row["epsilon"])
-        key = title, source, report["sha256"]
+        key, attack = (title, source, report["sha256"]), str(row["attack"])
         fitting = [network for network in networks if network.key == key and attack not in network.rows]
         if not fitting:
-            about = {"title": title, "source": source, "settings": settings, "epoch": report["trained"]["epoch"]}
-            fitting = [SimpleNamespace(key=key, rows={}, **about)]
+            fitting = [SimpleNamespace(key=key, title=title, source=source, rows={}, **trained)]
             networks += fitting
         fitting[0].rows[attack] = row
 

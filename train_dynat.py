@@ -187,10 +187,8 @@ def prepare_networks(settings, num_classes, device):
 
 
 def train(settings, run_dir, device, checkpoint=None):
-    """Trains as `settings` say and saves into `run_dir` after each epoch; from `checkpoint` on, if there is one.
-
-    Returns the log, a dict per epoch. Raises UserError if a loss or weight is not finite; that epoch is not saved.
-    """
+    """Trains as `settings` say, from `checkpoint` on if there is one, and saves into `run_dir` after every epoch. Gives
+    the log, a dict per epoch. Raises UserError if a loss or weight is not finite; that epoch is not saved."""
     method, layout = METHODS[settings["method"]], memory_format(device, settings["precision"])
     images = distributed.first_rank_first(lambda: prepare_images(settings, device))
     classes, count, epochs = images["train"].classes, len(images["train"].y), settings["epochs"]

@@ -156,25 +156,22 @@ FAR = {"seed": 0, "objective": "cross-entropy", "epsilon": 0.031, "step_size": 0
 NEAR = {"seed": 0, "objective": "margin", "epsilon": 0.3, "step_size": 0.05, "steps": 3, "spread": 0.0}
 
 
-@pytest.mark.parametrize(
-    ("check", "budget", "old", "new"),
-    [
-        (check_ball_and_pixel_range, FAR, "low, high), 0, 1)", "low, high), -9, 9)"),
-        (check_ball_and_pixel_range, FAR, "+ step, low, high)", "+ step, -9, 9)"),
-        (check_ball_and_pixel_range, FAR, "low, high = x", "low, high = start"),
-        (check_ball_and_pixel_range, FAR, "x + epsilon\n", "x + 1.01 * epsilon\n"),
-        (check_batch_equals_single_images, NEAR, "gradient.sign()", "(gradient - gradient.mean(0)).sign()"),
-        (check_batch_equals_single_images, NEAR, "active(logits.detach())", "active(logits.detach()).roll(1)"),
-        (check_nothing_is_touched, {}, "logits = model(x_adv)", "logits = model.train()(x_adv)"),
-        (check_nothing_is_touched, {}, "(gradient,) = torch.autograd.grad(objective(logits), x_adv)",
-            "x_adv.grad = None; objective(logits).backward(); gradient = x_adv.grad"),
-        (check_nothing_is_touched, {}, "start.detach()", "start.detach() + 0.01 * torch.randn_like(start)"),
-        (check_attack_attacks, {}, "step_size * gradient", "-step_size * gradient"),
-        (check_attack_attacks, {}, "range(steps)", "[]"),
-        (check_active_and_noise, {}, "step = step + noise(k)", "noise(k)"),
-        (check_active_and_noise, {}, "moved, x_adv.detach())", "moved, moved)"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("check", "budget", "old", "new"), [
+    (check_ball_and_pixel_range, FAR, "low, high), 0, 1)", "low, high), -9, 9)"),
+    (check_ball_and_pixel_range, FAR, "+ step, low, high)", "+ step, -9, 9)"),
+    (check_ball_and_pixel_range, FAR, "low, high = x", "low, high = start"),
+    (check_ball_and_pixel_range, FAR, "x + epsilon\n", "x + 1.01 * epsilon\n"),
+    (check_batch_equals_single_images, NEAR, "gradient.sign()", "(gradient - gradient.mean(0)).sign()"),
+    (check_batch_equals_single_images, NEAR, "active(logits.detach())", "active(logits.detach()).roll(1)"),
+    (check_nothing_is_touched, {}, "logits = model(x_adv)", "logits = model.train()(x_adv)"),
+    (check_nothing_is_touched, {}, "(gradient,) = torch.autograd.grad(objective(logits), x_adv)",
+        "x_adv.grad = None; objective(logits).backward(); gradient = x_adv.grad"),
+    (check_nothing_is_touched, {}, "start.detach()", "start.detach() + 0.01 * torch.randn_like(start)"),
+    (check_attack_attacks, {}, "step_size * gradient", "-step_size * gradient"),
+    (check_attack_attacks, {}, "range(steps)", "[]"),
+    (check_active_and_noise, {}, "step = step + noise(k)", "noise(k)"),
+    (check_active_and_noise, {}, "moved, x_adv.detach())", "moved, moved)"),
+])  # fmt: skip
 def test_a_broken_attack_is_rejected(check, budget, old, new):
     with pytest.raises(AssertionError):
         check(mutant(linf_pgd, (old, new)), **budget)

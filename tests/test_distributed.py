@@ -183,16 +183,13 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
 TWO_EPOCHS = [*SHORT, "--epochs", "2"]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "accident", "status", "said"),
-    [
-        (1, "killed in a save", -signal.SIGKILL, ""),
-        (1, "terminated", -signal.SIGTERM, ""),
-        (1, "interrupted", 130, "interrupted: everything up to epoch 1 is saved; to go on, add --out {} --resume\n"),
-        (2, "killed in a save", -signal.SIGKILL, ""),
-        (2, "full disk", 2, "error: cannot write {}/last.pt: "),
-    ],
-)
+@pytest.mark.parametrize(("world_size", "accident", "status", "said"), [
+    (1, "killed in a save", -signal.SIGKILL, ""),
+    (1, "terminated", -signal.SIGTERM, ""),
+    (1, "interrupted", 130, "interrupted: everything up to epoch 1 is saved; to go on, add --out {} --resume\n"),
+    (2, "killed in a save", -signal.SIGKILL, ""),
+    (2, "full disk", 2, "error: cannot write {}/last.pt: "),
+])  # fmt: skip
 def test_a_run_goes_on_to_the_same_bytes_after(tmp_path, world_size, accident, status, said):
     run = [("run", [*TWO_EPOCHS, "--resume"])]
     assert launch(tmp_path, world_size, CNN, accident, run)[0] == status

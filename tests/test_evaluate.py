@@ -74,15 +74,12 @@ def test_a_fooled_image_stays_fooled(attack, model, images):
     check_stays_fooled(attack, model, images)
 
 
-@pytest.mark.parametrize(
-    ("attack", "old", "new"),
-    [
-        (robustness.pgd, "active=lambda z: z.argmax(1) == y", "active=None"),
-        (robustness.cw, "active=lambda z: z.argmax(1) == y", "active=None"),
-        (robustness.cw, "-margin(z, y)", "margin(z, y)"),
-        (robustness.pgd, "F.cross_entropy(z, y,", "-F.cross_entropy(z, y,"),
-    ],
-)
+@pytest.mark.parametrize(("attack", "old", "new"), [
+    (robustness.pgd, "active=lambda z: z.argmax(1) == y", "active=None"),
+    (robustness.cw, "active=lambda z: z.argmax(1) == y", "active=None"),
+    (robustness.cw, "-margin(z, y)", "margin(z, y)"),
+    (robustness.pgd, "F.cross_entropy(z, y,", "-F.cross_entropy(z, y,"),
+])  # fmt: skip
 def test_an_attack_that_moves_fooled_images_or_the_wrong_way_is_rejected(attack, old, new, model, images):
     with pytest.raises(AssertionError):
         check_stays_fooled(mutant(attack, (old, new)), model, images)
@@ -153,16 +150,13 @@ def test_an_attack_runs_in_eval_mode_and_puts_each_mode_back(name, model, images
     assert [part.training for part in model.modules()] == modes
 
 
-@pytest.mark.parametrize(
-    "stray",
-    [
-        lambda x, epsilon: (x + 1.01 * epsilon).clamp(0, 1),
-        lambda x, epsilon: (x - 1.01 * epsilon).clamp(0, 1),
-        lambda x, epsilon: x.where(x > 0, x.new_tensor(-1e-3)),
-        lambda x, epsilon: x.where(x < 1, x.new_tensor(1.001)),
-        lambda x, epsilon: x.where(x > 0, x.new_tensor(math.nan)),
-    ],
-)
+@pytest.mark.parametrize("stray", [
+    lambda x, epsilon: (x + 1.01 * epsilon).clamp(0, 1),
+    lambda x, epsilon: (x - 1.01 * epsilon).clamp(0, 1),
+    lambda x, epsilon: x.where(x > 0, x.new_tensor(-1e-3)),
+    lambda x, epsilon: x.where(x < 1, x.new_tensor(1.001)),
+    lambda x, epsilon: x.where(x > 0, x.new_tensor(math.nan)),
+])  # fmt: skip
 def test_an_attack_that_leaves_its_bounds_stops_the_evaluation(stray, monkeypatch):
     extreme = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
     monkeypatch.setattr(robustness, "fgsm", lambda model, x, y, epsilon: stray(x, epsilon))
@@ -495,15 +489,12 @@ def test_an_interrupted_evaluation_resumes_to_the_same_figures(run, tmp_path, in
     assert {name: stages[2][name] for name in described} == described
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        ("", "is of an interrupted evaluation: continue it with --resume, or delete it"),
-        ("--resume --batch-size 8", "batch size was 16, is 8: use 16, or delete"),
-        ("--resume --attacks clean", "attacks was "),
-        ("--resume --epsilon 0.0313725", "is standard except for --epsilon 0.0313725 --images 40: use standard"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "says"), [
+    ("", "is of an interrupted evaluation: continue it with --resume, or delete it"),
+    ("--resume --batch-size 8", "batch size was 16, is 8: use 16, or delete"),
+    ("--resume --attacks clean", "attacks was "),
+    ("--resume --epsilon 0.0313725", "is standard except for --epsilon 0.0313725 --images 40: use standard"),
+])  # fmt: skip
 def test_an_interrupted_evaluation_is_continued_with_the_same_flags_alone(flags, says, interrupted, capsys):
     command, progress = interrupted
     content = progress.read_bytes()

@@ -316,23 +316,20 @@ def test_a_hybrid_uses_dynamic_labels_where_it_says(file, method):
     check_hybrid(file, method)
 
 
-@pytest.mark.parametrize(
-    ("method", "old", "new"),
-    [
-        ("dynat-gairat", "attacked = labels if inner else y", "attacked = labels"),
-        ("dynat-inner-gairat", "attacked = labels if inner else y", "attacked = y"),
-        ("dynat-gairat", "label_smoothing=label_smoothing", "label_smoothing=0.1"),
-        ("dynat-gairat", "F.cross_entropy(adv_logits, labels,", "F.cross_entropy(adv_logits, y,"),
-        ("dynat-inner-gairat", "gairat_weights(kappa, ", "gairat_weights(kappa.new_tensor([3] * 8), "),
-        ("dynat-gairat", "beta * loss_target", "loss_target"),
-        ("dynat-mail", "attacked = labels if inner else y", "attacked = labels"),
-        ("dynat-mail", "F.cross_entropy(adv_logits, labels,", "F.cross_entropy(adv_logits, y,"),
-        ("dynat-inner-mail", "mail_weights(adv_logits, labels)", "mail_weights(adv_logits, y)"),
-        ("dynat-inner-mail", "epoch > burn_in", "epoch > burn_in + 1"),
-        ("mail-mse", "mail_weights(adv_logits, y)", "mail_weights(adv_logits, guide_logits.argmax(1))"),
-        ("mail-mse", "logit_mse(adv_logits, guide_logits)", "logit_mse(adv_logits, guide_logits.detach())"),
-    ],
-)
+@pytest.mark.parametrize(("method", "old", "new"), [
+    ("dynat-gairat", "attacked = labels if inner else y", "attacked = labels"),
+    ("dynat-inner-gairat", "attacked = labels if inner else y", "attacked = y"),
+    ("dynat-gairat", "label_smoothing=label_smoothing", "label_smoothing=0.1"),
+    ("dynat-gairat", "F.cross_entropy(adv_logits, labels,", "F.cross_entropy(adv_logits, y,"),
+    ("dynat-inner-gairat", "gairat_weights(kappa, ", "gairat_weights(kappa.new_tensor([3] * 8), "),
+    ("dynat-gairat", "beta * loss_target", "loss_target"),
+    ("dynat-mail", "attacked = labels if inner else y", "attacked = labels"),
+    ("dynat-mail", "F.cross_entropy(adv_logits, labels,", "F.cross_entropy(adv_logits, y,"),
+    ("dynat-inner-mail", "mail_weights(adv_logits, labels)", "mail_weights(adv_logits, y)"),
+    ("dynat-inner-mail", "epoch > burn_in", "epoch > burn_in + 1"),
+    ("mail-mse", "mail_weights(adv_logits, y)", "mail_weights(adv_logits, guide_logits.argmax(1))"),
+    ("mail-mse", "logit_mse(adv_logits, guide_logits)", "logit_mse(adv_logits, guide_logits.detach())"),
+])  # fmt: skip
 def test_a_broken_hybrid_is_rejected(method, old, new):
     with pytest.raises(AssertionError, match="differs"):
         check_hybrid(golden_files()[0], method, mutant(METHODS[method]["step"], (old, new)))

@@ -357,15 +357,12 @@ def test_every_method_killed_in_the_save_of_its_second_epoch_resumes_to_the_same
     check_resume(tmp_path / "resumed", copies[5], tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("module", "function", "old", "new"),
-    [
-        (checkpoints, "load_state", 'load_momentum(optimizer, checkpoint["optimizer"])', "pass"),
-        (checkpoints, "load_state", "in models.items():", "in networks.items():"),
-        (train_dynat, "train", "range(len(log) + 1, epochs + 1)", "range(1, epochs + 1)"),
-        (train_dynat, "train", "first_update = epoch == 1 and", "first_update ="),
-    ],
-)
+@pytest.mark.parametrize(("module", "function", "old", "new"), [
+    (checkpoints, "load_state", 'load_momentum(optimizer, checkpoint["optimizer"])', "pass"),
+    (checkpoints, "load_state", "in models.items():", "in networks.items():"),
+    (train_dynat, "train", "range(len(log) + 1, epochs + 1)", "range(1, epochs + 1)"),
+    (train_dynat, "train", "first_update = epoch == 1 and", "first_update ="),
+])  # fmt: skip
 def test_a_resume_that_forgets_something_is_rejected(tmp_path, monkeypatch, whole, module, function, old, new):
     monkeypatch.setattr(module, function, mutant(getattr(module, function), (old, new)))
     run_dir, copies, _, _ = whole

@@ -122,23 +122,13 @@ def trades_awp_step(
     return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
 
 
+PERTURBATION = {"awp_gamma": 0.005, "awp_start": 10}
 DYNAT_AWP = {
     "step": dynat_awp_step,
     "start": "gaussian",
     "loop_arguments": ("epoch", "all_reduce"),
-    "step_settings": {
-        "inner": False,
-        "static_labels": False,
-        "beta": 1.0,
-        "kl_weight": 1.0,
-        "awp_gamma": 0.005,
-        "awp_start": 10,
-    },
-    "training": {
-        "guide": "resnet18",
-        "epochs": 100,
-        "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],
-    },
+    "step_settings": {"inner": False, "static_labels": False, "beta": 1.0, "kl_weight": 1.0, **PERTURBATION},
+    "training": {"guide": "resnet18", "epochs": 100, "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)]},
     "for_dataset": {"cifar100": {"beta": 0.2}},  # the paper's value is lost; this is its release's
     "for_preset": {"release": {"guide": "resnet18-lbgat", "step_size": 0.007, "beta": 0.2}},
 }
@@ -156,13 +146,7 @@ METHODS = {
         "step": trades_awp_step,
         "start": "gaussian",
         "loop_arguments": ("epoch", "all_reduce"),
-        "step_settings": {
-            "epsilon": 8 / 255,
-            "step_size": 2 / 255,
-            "kl_weight": 6.0,
-            "awp_gamma": 0.005,
-            "awp_start": 10,
-        },
+        "step_settings": {"epsilon": 8 / 255, "step_size": 2 / 255, "kl_weight": 6.0, **PERTURBATION},
         "training": {"epochs": 200, "milestones": [(1, 1.0), (100, 0.1), (150, 0.01)], "weight_decay": 5e-4},
     },
 }
