@@ -93,7 +93,7 @@ def load_with_sha256(path):
                 if damaged:
                     raise UserError(f"{path} is damaged: its entry {damaged} does not match its checksum")
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            _check_tensors(found, path)
+            _check_plain(found, path)
     except (UserError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
@@ -106,7 +106,7 @@ def load_with_sha256(path):
     return found, hashlib.sha256(content).hexdigest()
 
 
-def _check_tensors(content, path):
+def _check_plain(content, path):
     """Raises UserError if a tensor inside is not a plain one of real numbers in memory."""
     if isinstance(content, torch.Tensor):
         plain = content.layout == torch.strided and content.device.type == "cpu"
@@ -114,7 +114,7 @@ def _check_tensors(content, path):
             raise UserError(f"{path} holds a tensor that is sparse, nested, quantised, complex or without content")
     elif isinstance(content, (dict, list, tuple)):
         for value in content.values() if isinstance(content, dict) else content:
-            _check_tensors(value, path)
+            _check_plain(value, path)
 
 
 def missing_keys(content, kinds):
@@ -338,10 +338,8 @@ def _is_log(log, epochs):
     return in_order and all(fits(*number) for number in numbers)
 
 
-def load_state(checkpoint, networks, ema, optimizer):
-    """Loads networks, EMA network (or None) and optimizer from a run's checkpoint. Raises UserError if it is of
-    others."""
-    models = networks if ema is None else {**networks, "ema": ema}
+def load_state(checkpoint, models, optimizer):
+    """Loads the networks, by role, and the optimizer from a run's checkpoint. Raises UserError if it is of others."""
     for role, model in models.items():
         load_weights(model, checkpoint.get(role), f"the checkpoint's {role}")
     load_momentum(optimizer, checkpoint["optimizer"])

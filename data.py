@@ -161,13 +161,14 @@ def folder(data_dir, split):
     root = Path(data_dir) / split
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: --data-dir must hold train/<class>/ and test/<class>/")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    visible = lambda folder: sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    classes = [entry.name for entry in visible(root) if entry.is_dir()]
     if len(classes) < 2:
         raise UserError(f"{root} holds {len(classes)} class folders: at least two are needed, {root}/<class>/*")
     suffixes = Image.registered_extensions()
     files, labels, skipped = [], [], 0
     for label, name in enumerate(classes):
-        entries = sorted(entry for entry in (root / name).iterdir() if not entry.name.startswith("."))
+        entries = visible(root / name)
         images = [entry for entry in entries if entry.suffix.lower() in suffixes]
         skipped += len(entries) - len(images)
         if not images:

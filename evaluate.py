@@ -261,9 +261,8 @@ def check_auto_attack(attacks, num_classes):
     """{"pyautoattack": its version}, if an attack needs it. Raises UserError if an attack cannot run."""
     if not AUTO_ATTACK.keys() & set(attacks):
         return {}
-    for name in attacks:
-        if name in ("aa", "aa-fast") and num_classes < 4:
-            raise UserError(f"{name} needs four classes, for its targeted loss; with {num_classes}, use apgd")
+    if num_classes < 4 and {"aa", "aa-fast"} & set(attacks):
+        raise UserError(f"aa and aa-fast need four classes, for their targeted loss; with {num_classes}, use apgd")
     try:
         return {"pyautoattack": metadata.version("pyautoattack")}
     except metadata.PackageNotFoundError:

@@ -209,10 +209,8 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         return ResNet18(num_classes, strides=(1, 1, 2, 2))
     if name == "preactresnet18":
         return PreActResNet18(num_classes)
-    if name == "cnn":
-        return CNN(num_classes)
-    if wide := re.fullmatch(r"cnn-([1-9]\d{0,2})", name):
-        return CNN(num_classes, int(wide[1]))
+    if wide := re.fullmatch(r"cnn(?:-([1-9]\d{0,2}))?", name):
+        return CNN(num_classes, int(wide[1] or 1))
     wide = re.fullmatch(r"wrn(\d{1,4})-(\d{1,3})", name)
     if wide is None:
         raise ValueError(f"unknown network '{name}': choose from {NAMES}")

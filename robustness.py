@@ -43,12 +43,6 @@ def correct(model, x, y):
     return logits.argmax(1) == y
 
 
-def fgsm(model, x, y, epsilon):
-    """x_adv = x + epsilon * sign(grad CE), clamped to [0, 1] (Goodfellow et al., 2015): one step, no random start."""
-    objective = lambda z: F.cross_entropy(z, y, reduction="sum")
-    return linf_pgd(model, x, x, objective, epsilon=epsilon, step_size=epsilon, steps=1)
-
-
 def pgd(model, x, y, start, **budget):
     """PGD on CE(., y) that moves only the images still classified as y, so an image once fooled stays fooled.
 
@@ -139,8 +133,8 @@ def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
         radius += 1e-6  # FAB measures |x_adv - x|, which rounds
         generator = make_generator("cpu", seed, name, int(indices[0]))
         x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=generator.initial_seed())
-    elif name == "fgsm":
-        x_adv = fgsm(model, x, y, epsilon)
+    elif name == "fgsm":  # Goodfellow et al. (2015): x + epsilon * sign(grad CE), clamped to [0, 1]
+        x_adv = pgd(model, x, y, x, epsilon=epsilon, step_size=epsilon, steps=1)
     else:
         attack, steps = (cw, SETTINGS["cw"]["steps"]) if name == "cw" else (pgd, int(name.removeprefix("pgd")))
         start = starts(x, indices, epsilon, (seed, name))

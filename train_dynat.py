@@ -196,6 +196,7 @@ def train(settings, run_dir, device, checkpoint=None):
     networks, optimizer = prepare_networks(settings, len(classes), device)
     fast = {role: Fast(model, settings["precision"] == "bf16", settings["compile"]) for role, model in networks.items()}
     ema = copy.deepcopy(networks["target"]) if settings["ema"] else None
+    models = networks if ema is None else {**networks, "ema": ema}
     gradients = distributed.GradientReducer(optimizer)
     identity = {"settings": settings, "classes": classes, "images": {s: found.sha256() for s, found in images.items()}}
     sizes = {split: len(found.y) for split, found in images.items()}
@@ -204,7 +205,7 @@ def train(settings, run_dir, device, checkpoint=None):
     log = []
     if checkpoint is not None:
         check_same_images(checkpoint, identity)
-        checkpoints.load_state(checkpoint, networks, ema, optimizer)
+        checkpoints.load_state(checkpoint, models, optimizer)
         log = checkpoint["log"]
         distributed.run_on_rank0(checkpoints.write_from_checkpoint, run_dir, checkpoint)
     else:
@@ -247,13 +248,10 @@ def train(settings, run_dir, device, checkpoint=None):
             if epoch % settings["eval_every"] == 0 or epoch == epochs:
                 row.update(measure(networks, images, settings))
             row.update(seconds=seconds, images_per_second=count / seconds)
-            state = {role: model.state_dict() for role, model in networks.items()}
-            if ema is not None:
-                state["ema"] = ema.state_dict()
-            state["optimizer"] = optimizer.state_dict()
-            content = {**state, **identity, "epoch": epoch, "log": [*log, row], "config": config}
-            distributed.run_on_rank0(checkpoints.save_run, run_dir, content)
             log.append(row)
+            state = {name: part.state_dict() for name, part in {**models, "optimizer": optimizer}.items()}
+            content = {**state, **identity, "epoch": epoch, "log": log, "config": config}
+            distributed.run_on_rank0(checkpoints.save_run, run_dir, content)
             progress.write(report(row, epochs))
     return log
 

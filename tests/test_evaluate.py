@@ -86,8 +86,9 @@ def test_an_attack_that_moves_fooled_images_or_the_wrong_way_is_rejected(attack,
 
 
 def test_fgsm_is_one_step_of_epsilon_uphill(model, images):
-    x, y = to_float(images.x), images.y
-    x_adv = robustness.fgsm(model, x, y, 8 / 255)
+    x = to_float(images.x)
+    y = model(x).argmax(1)  # a mistake would not be moved
+    x_adv = robustness.attack_batch(model, "fgsm", x, y, torch.arange(40), **BUDGET, seed=0)
     assert torch.allclose((x_adv - x).abs()[(x > 0.1) & (x < 0.9)].median(), torch.tensor(8 / 255))
     assert F.cross_entropy(model(x_adv), y) > F.cross_entropy(model(x), y) + 0.1
 
@@ -159,7 +160,7 @@ def test_an_attack_runs_in_eval_mode_and_puts_each_mode_back(name, model, images
 ])  # fmt: skip
 def test_an_attack_that_leaves_its_bounds_stops_the_evaluation(stray, monkeypatch):
     extreme = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
-    monkeypatch.setattr(robustness, "fgsm", lambda model, x, y, epsilon: stray(x, epsilon))
+    monkeypatch.setattr(robustness, "pgd", lambda model, x, y, start, epsilon, **_: stray(x, epsilon))
     with pytest.raises(UserError, match="fgsm left the epsilon ball"):
         robustness.attack_batch(None, "fgsm", extreme, None, torch.arange(2), **BUDGET, seed=0)
 
@@ -415,7 +416,7 @@ def test_every_form_of_weights_is_attacked_as_itself(run, tmp_path, capsys):
 def test_auto_attack_needs_its_package_and_its_targeted_loss_four_classes(monkeypatch):
     assert evaluate.check_auto_attack(["clean", "pgd10"], 2) == {}
     assert evaluate.check_auto_attack(["apgd"], 2) == evaluate.check_auto_attack(["aa"], 4) != {}
-    with pytest.raises(UserError, match="aa needs four classes, for its targeted loss; with 3, use apgd"):
+    with pytest.raises(UserError, match="need four classes, for their targeted loss; with 3, use apgd"):
         evaluate.check_auto_attack(["apgd", "aa"], 3)
     monkeypatch.setattr(evaluate.metadata, "version", mock.Mock(side_effect=evaluate.metadata.PackageNotFoundError))
     with pytest.raises(UserError, match="pip install pyautoattack"):

@@ -359,7 +359,7 @@ def test_every_method_killed_in_the_save_of_its_second_epoch_resumes_to_the_same
 
 @pytest.mark.parametrize(("module", "function", "old", "new"), [
     (checkpoints, "load_state", 'load_momentum(optimizer, checkpoint["optimizer"])', "pass"),
-    (checkpoints, "load_state", "in models.items():", "in networks.items():"),
+    (train_dynat, "train", "load_state(checkpoint, models,", "load_state(checkpoint, networks,"),
     (train_dynat, "train", "range(len(log) + 1, epochs + 1)", "range(1, epochs + 1)"),
     (train_dynat, "train", "first_update = epoch == 1 and", "first_update ="),
 ])  # fmt: skip
