@@ -221,9 +221,9 @@ def _decode(file):
 def _cached(cache, stamp, count):
     with contextlib.suppress(UserError):
         content = checkpoints.load(cache)
-        if isinstance(content, dict) and content.get("stamp") == stamp:
-            x = content.get("x")
-            if isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.shape == (count, 3, SIDE, SIDE):
+        if not checkpoints.missing_keys(content, {"stamp": str, "x": torch.Tensor}):
+            found, x = content["stamp"], content["x"]
+            if (found, x.dtype, x.shape) == (stamp, torch.uint8, (count, 3, SIDE, SIDE)):
                 return x
     return None
 

@@ -145,11 +145,9 @@ def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
     return x_adv
 
 
-def still_correct(model, images, attack, *, epsilon, step_size, batch_size, seed, indices=None):
-    """Which of the images at `indices`, (M,) int64 on the CPU (default: all), are classified as their label under
-    `attack` in eval mode: (M,) bool on the CPU. Raises UserError if a logit is not finite."""
-    if indices is None:
-        indices = torch.arange(len(images.y))
+def still_correct(model, images, indices, attack, *, epsilon, step_size, batch_size, seed):
+    """Which of the images at `indices`, (M,) int64 on the CPU, are classified as their label under `attack` in eval
+    mode: (M,) bool on the CPU. Raises UserError if a logit is not finite."""
     budget = {"epsilon": epsilon, "step_size": step_size, "seed": seed}
     layout = memory_format(images.x.device, "fp32")
     masks = [torch.zeros(0, dtype=torch.bool)]
@@ -196,8 +194,8 @@ def attack_columns(networks, chains, images, indices, *, step_size, seed):
                 masks[column] = torch.zeros_like(active)
                 with sanity_warnings() as sentences:
                     masks[column][active] = still_correct(
-                        networks[column.network], images, column.attack, epsilon=column.epsilon, step_size=step_size,
-                        batch_size=len(indices), seed=seed, indices=indices[active],
+                        networks[column.network], images, indices[active], column.attack,
+                        epsilon=column.epsilon, step_size=step_size, batch_size=len(indices), seed=seed,
                     )  # fmt: skip
                 where = f"{column.network}: AutoAttack on images {indices[0]} to {indices[-1]}"
                 warnings += [f"{where}: {sentence}" for sentence in sentences]

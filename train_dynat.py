@@ -293,7 +293,7 @@ def accuracy(model, images, attack, settings):
     """The share of images that are classified as their label under `attack`. Each rank attacks its part of them."""
     indices = torch.arange(len(images.y))[distributed.shard(len(images.y))]
     attack_settings = {name: settings[name] for name in ("epsilon", "step_size", "seed")}
-    correct = still_correct(model, images, attack, **attack_settings, batch_size=256, indices=indices)
+    correct = still_correct(model, images, indices, attack, **attack_settings, batch_size=256)
     (hits,) = distributed.all_reduce(correct.sum())
     return int(hits) / len(images.y)
 
@@ -491,9 +491,8 @@ def main(argv):
             run_dir = shorter  # a run of the default number of epochs, which is to have more
     with ExitStack() as stack:
         device = stack.enter_context(distributed.process_group(typed.device))
-        checkpoint = distributed.run_on_rank0(
-            lambda: stack.enter_context(checkpoints.claim_run_dir(run_dir, typed.resume))
-        )
+        claim = checkpoints.claim_run_dir(run_dir, typed.resume)
+        checkpoint = distributed.run_on_rank0(stack.enter_context, claim)
         if checkpoint is not None:
             settings = resumed_settings(checkpoint, argv, run_dir)
         elif settings is None:
@@ -501,8 +500,7 @@ def main(argv):
         check_device(settings, device)
         if typed.resume and checkpoint is None:
             print(f"note: no run in {run_dir} yet: starting it")
-        deterministic = settings["deterministic"]
-        stack.enter_context(numerics(deterministic=deterministic, benchmark=not deterministic))
+        stack.enter_context(numerics(deterministic=settings["deterministic"], benchmark=not settings["deterministic"]))
         try:
             train(settings, run_dir, device, checkpoint)
         except (KeyboardInterrupt, BrokenPipeError) as stop:

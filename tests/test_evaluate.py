@@ -53,8 +53,9 @@ def images():
 # The attacks
 
 
-def mask_under(model, images, name, **settings):
-    return robustness.still_correct(model, images, name, **{**BUDGET, "batch_size": 20, "seed": 0, **settings})
+def mask_under(model, images, name, indices=slice(None), **settings):
+    indices = torch.arange(len(images.y))[indices]
+    return robustness.still_correct(model, images, indices, name, **{**BUDGET, "batch_size": 20, "seed": 0, **settings})
 
 
 def check_stays_fooled(attack, model, images):
