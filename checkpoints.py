@@ -6,9 +6,11 @@ such networks), `optimizer`, `epoch` (finished epochs), `log` (a dict per epoch)
 `log.jsonl`, `weights.pt` and `config.json` are written from it after it.
 """
 
+import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -24,11 +26,6 @@ from torchvision.transforms import Normalize
 
 from cli import PARTIAL, UserError, atomic_write, first_line, write_text
 from models import build_model
-
-try:
-    import fcntl
-except ImportError:  # Windows, where a second run in the directory is not noticed
-    fcntl = None
 
 DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 that its forward never uses
 WRAPPERS = ("state_dict", "model", "net")  # keys under which other projects keep the weights
@@ -63,11 +60,9 @@ def load(path):
 
 
 def load_with_sha256(path):
-    """(what `save` or another project's `torch.save` put into `path`, on the CPU; the file's SHA-256).
-
-    Only tensors, numbers, strings and containers are read: a file that could run code is refused. Raises UserError for
-    it, and for a file that is missing, truncated, damaged or no checkpoint. The file is read once.
-    """
+    """(what `save` or another project's `torch.save` put into `path`, on the CPU; the file's SHA-256). Only tensors,
+    numbers, strings and containers are read, and the file once. Raises UserError for a file that is missing, truncated,
+    damaged or no checkpoint, or that could run code."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a checkpoint in it, such as {path / 'last.pt'}")
@@ -238,10 +233,8 @@ def load_network(content, role, path, num_classes, memory_format=torch.channels_
 @contextmanager
 def claim_run_dir(run_dir, resume):
     """No other run uses `run_dir`, made if need be, inside the `with`, which gets the checkpoint in it or None. The
-    lock ends with the process, however that ends. A directory that was made here and stays empty is removed.
-
-    Raises UserError if the directory exists and `resume` is False, or if it is another run's or no run's.
-    """
+    lock ends with the process, however that ends. A directory that was made here and stays empty is removed. Raises
+    UserError if the directory exists and `resume` is False, or if it is another run's or no run's."""
     if run_dir.exists() and not resume:
         raise UserError(f"{run_dir} exists already: continue it with --resume, or choose another folder with --out")
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
@@ -266,9 +259,6 @@ def claim_run_dir(run_dir, resume):
 @contextmanager
 def lock(path, refusal):
     """Locks a file or folder inside the `with`. Raises UserError with `refusal` if another process has the lock."""
-    if fcntl is None:
-        yield
-        return
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -309,7 +299,9 @@ def check_run(content, path, kinds):
     missing = missing_keys(content, kinds)
     if not missing:
         missing = missing_keys(content["settings"], SETTINGS)
-        if not _is_json([content["settings"], content.get("config")]):
+        try:
+            json.dumps([content["settings"], content.get("config")], allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
             missing.append("settings and config of finite numbers and words")
         if not all(isinstance(name, str) for name in content["classes"]):
             missing.append("names of classes")
@@ -319,23 +311,15 @@ def check_run(content, path, kinds):
         raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(missing)}")
 
 
-def _is_json(value):
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
-
-
 def _is_log(log, epochs):
     """Whether `log` has a row of finite numbers, accuracies between 0 and 1, for each epoch from 1 to `epochs`."""
-    if not log or not _is_json(log) or any(missing_keys(row, ROW) for row in log):
+    if not log or len(log) != epochs or any(missing_keys(row, ROW) for row in log):
         return False
-    numbers = [(str(name), value) for row in log for name, value in row.items()]
-    is_accuracy = lambda name: name.endswith("_acc") or name.startswith("val_")
-    fits = lambda name, value: type(value) in (int, float) and (0 <= value <= 1 or not is_accuracy(name))
-    in_order = len(log) == epochs and [row["epoch"] for row in log] == [*range(1, epochs + 1)]
-    return in_order and all(fits(*number) for number in numbers)
+    numbers = [number for row in log for number in row.items()]
+    are_finite = all(type(value) in (int, float) and abs(value) < math.inf for _, value in numbers)
+    is_accuracy = lambda name: str(name).endswith("_acc") or str(name).startswith("val_")
+    are_shares = are_finite and all(0 <= value <= 1 for name, value in numbers if is_accuracy(name))
+    return are_shares and [row["epoch"] for row in log] == [*range(1, epochs + 1)]
 
 
 def load_state(checkpoint, models, optimizer):

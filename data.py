@@ -153,9 +153,8 @@ def folder(data_dir, split):
     """A person's own images, `data_dir`/`split`/<class>/*, in any format that Pillow reads; classes are sorted by name.
 
     An image is rotated as its camera says, cut to its centre square, resized to 32x32 and made RGB. The decoded set is
-    kept in `data_dir`/.decoded and read from there until a file's name, size or time changes.
-    Raises UserError if there are no images, or one cannot be read.
-    """
+    kept in `data_dir`/.decoded and read from there until a file's name, size or time changes. Raises UserError if there
+    are no images, or one cannot be read."""
     if data_dir is None:
         raise UserError("--dataset folder needs --data-dir: a folder with train/<class>/ and test/<class>/ in it")
     root = Path(data_dir) / split

@@ -90,9 +90,9 @@ def on_every_rank(function, turn=True):
     return result
 
 
-def run_on_rank0(function, *args, **kwargs):
-    """`function(*args, **kwargs)` on rank 0 alone; its result, or its mistake, on all ranks."""
-    result = [on_every_rank(lambda: function(*args, **kwargs), turn=rank() == 0)]
+def run_on_rank0(function, *args):
+    """`function(*args)` on rank 0 alone; its result, or its mistake, on all ranks."""
+    result = [on_every_rank(lambda: function(*args), turn=rank() == 0)]
     if world_size() > 1:
         dist.broadcast_object_list(result, device=torch.device("cpu"))
     return result[0]

@@ -124,11 +124,9 @@ def table(rows, cells):
 @contextmanager
 def open_progress(path, report, chains, parts, resume):
     """Locks a progress file inside the `with`, which gets the finished batches, a list as of `attack_columns`, and a
-    function that writes one more. A file without a batch is removed at the end.
-
-    `report` describes the evaluation, `chains` its columns, `parts` the indices of its batches. Raises UserError if
-    another evaluation is at work on the file, or if it is there and not of this evaluation.
-    """
+    function that writes one more. A file without a batch is removed at the end. `report` describes the evaluation,
+    `chains` its columns, `parts` the indices of its batches. Raises UserError if another evaluation is at work on the
+    file, or if it is there and not of this evaluation."""
 
     def append(line):
         try:
@@ -181,11 +179,9 @@ def read_batches(content, path, report, chains, parts):
 
 
 def load_test_images(args, content):
-    """(the test images, their indices in the test set): all, or a class-balanced subset of `args.images` images, drawn
-    from `args.seed`.
-
-    They are those of the run, whose checkpoint is `content`, unless `args.dataset` and `args.data_dir` say otherwise.
-    Raises UserError if their classes are not those that the network was trained on."""
+    """(the test images, their indices in the test set): all, or a class-balanced subset of `args.images`, drawn from
+    `args.seed`. They are those of the run, whose checkpoint is `content`, unless `args.dataset` and `args.data_dir` say
+    otherwise. Raises UserError if their classes are not those that the network was trained on."""
     trained_on = content["settings"].get("dataset")
     dataset, data_dir = args.dataset or trained_on, args.data_dir
     if data_dir is None and dataset == trained_on:

@@ -123,7 +123,6 @@ def sanity_warnings():
 
 def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
     """The images that attack `name`, or a stage of AutoAttack, makes of x (B, 3, H, W) in [0, 1], with labels y (B,).
-
     All randomness comes from the images' `indices` in the test set, (B,) on the CPU, `name` and `seed`. Raises
     UserError if an image leaves the epsilon ball or [0, 1] or is not finite."""
     if name == "clean":

@@ -160,10 +160,9 @@ def prepare_images(settings, device):
     images = {split: load_images(settings["dataset"], split, settings["data_dir"]) for split in ("train", "test")}
     check_classes(images["train"].classes, images["test"].classes, "the training set")
     total, held_out, wanted = len(images["train"].y), settings["val_images"], settings["train_images"]
-    if wanted and held_out and total - held_out < wanted:
-        raise UserError(
-            f"--train-images {wanted}: only {total - held_out} of {total} are left after --val-images {held_out}"
-        )
+    left = total - held_out
+    if wanted and held_out and left < wanted:
+        raise UserError(f"--train-images {wanted}: only {left} of {total} are left after --val-images {held_out}")
     if held_out:
         images["val"], images["train"] = hold_out(images["train"], held_out, settings["seed"])
     if wanted:

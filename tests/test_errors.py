@@ -172,7 +172,8 @@ UNTRAINED = {  # what is wrong, where in the checkpoint, and with what there
 }
 UNFINISHED = {
     "it has no optimizer": [("optimizer", GONE)],
-    "it has no log": [("epoch", 10**40), ("log/0/loss", NAN), ("log/0/test_acc", 1.5), ("log/0/seconds", GONE)],
+    "it has no log": [("epoch", 10**40), ("log/0/loss", NAN), ("log/0/lr", [1]), ("log/0/seconds", GONE)],
+    "no log of numbers": [("log/0/test_acc", 1.5), ("log/0/val_pgd", -0.1)],
     "the train images are not those of the run": [("images/train", 3)],
     "the run has other classes: 'a' there is 'class0' here": [("classes", list("abcdefghij"))],
     "has no method that this version": [("settings/method", ["dynat"])],
