@@ -17,7 +17,7 @@ import re
 import sys
 import warnings
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -259,18 +259,16 @@ def claim_run_dir(run_dir, resume):
 @contextmanager
 def lock(path, refusal):
     """Locks a file or folder inside the `with`. Raises UserError with `refusal` if another process has the lock."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(refusal) from None
-    except OSError:
-        print(f"note: the file system of {path} has no locks: a second process would not be noticed", file=sys.stderr)
-    try:
+    with ExitStack() as stack:
+        handle = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(refusal) from None
+        except OSError:
+            print(f"note: {path}: its file system has no locks, a second process would not be noticed", file=sys.stderr)
         yield
-    finally:
-        os.close(handle)
 
 
 def _is_begun(run_dir):

@@ -85,8 +85,8 @@ def exit_status(main):
             full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
             if not full and "you tried to allocate" not in str(error):  # torch's words for the CPU's memory
                 raise
-            line, status, speaks = f"error: out of memory ({first_line(error)}): try a smaller --batch-size", 2, True
-            line += " or, in training, --precision bf16"
+            advice = "try a smaller --batch-size or, in training, --precision bf16"
+            line, status, speaks = f"error: out of memory ({first_line(error)}): {advice}", 2, True
         except KeyboardInterrupt as stop:
             line, status = ": ".join(["interrupted", *stop.args]), 130
         if speaks:  # names of files and weights may hold line breaks and a terminal's commands

@@ -233,8 +233,7 @@ def tiny(split):
     Each class has a large-scale pattern under large-scale noise, far stronger than any attack (a robust feature), and a
     faint pixel-scale code of amplitude 7/255, which an attack of 8/255 can rewrite (a feature that is not robust). A
     network trained on clean images uses the code and loses its accuracy under PGD; one trained on adversarial images
-    must use the pattern. One image in twelve is an even blend of two classes, so that no guide can be always right.
-    """
+    must use the pattern. One image in twelve is an even blend of two classes, so that no guide can be always right."""
     count = TINY_SIZE[split]
     generator = make_generator("cpu", "tiny", "classes")
     patterns = 0.18 * torch.randn(10, 3, 4, 4, generator=generator)

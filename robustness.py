@@ -44,11 +44,9 @@ def correct(model, x, y):
 
 
 def pgd(model, x, y, start, **budget):
-    """PGD on CE(., y) that moves only the images still classified as y, so an image once fooled stays fooled.
-
-    Images and start (B, 3, H, W) in [0, 1], y (B,); `budget` is epsilon, step_size and steps; returns x_adv.
-    Source: DYNAT, auto_attack_eval1.py, attack_pgd.
-    """
+    """PGD on CE(., y) that moves only the images still classified as y, so an image once fooled stays fooled. Images
+    and start (B, 3, H, W) in [0, 1], y (B,); `budget` is epsilon, step_size and steps; returns x_adv. Source: DYNAT,
+    auto_attack_eval1.py, attack_pgd."""
     objective = lambda z: F.cross_entropy(z, y, reduction="sum")
     return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, **budget)
 
