@@ -108,9 +108,6 @@ def test_the_checksum_knows_every_pixel_label_and_class_name_and_their_order():
     assert numbered(20).sha256() == images.sha256()
 
 
-# folder: a person's own images
-
-
 @pytest.fixture
 def photos(tmp_path):
     """Two classes in every kind of file that people have."""

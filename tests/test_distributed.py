@@ -125,9 +125,6 @@ def difference(a, b):
     return 0
 
 
-# what all ranks together compute
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     return train(tmp_path_factory.mktemp("alone"), 1, METHODS)
@@ -177,8 +174,6 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
         with pytest.raises(UserError, match="--batch-size"):
             distributed.check_batch_size(images, batch_size)
 
-
-# accidents
 
 TWO_EPOCHS = [*SHORT, "--epochs", "2"]
 

@@ -97,7 +97,6 @@ OTHERS = {
     f"{BARE} --network guide": "holds no guide",
     f"{BARE} --weights ema": "holds no averaged weights: train with --ema",
     "clean none --out a.png": "there is no file none/config.json",
-    "clean run --out a.bmp": "--out a.bmp: it ends in .png",
 }
 
 
@@ -177,7 +176,6 @@ UNFINISHED = {
     "the train images are not those of the run": [("images/train", 3)],
     "the run has other classes: 'a' there is 'class0' here": [("classes", list("abcdefghij"))],
     "has no method that this version": [("settings/method", ["dynat"])],
-    "a setting that cannot be: argument --method: invalid choice: 'sgd'": [("settings/method", "sgd")],
     "a setting that cannot be: argument --batch-size: 0 is out of range": [("settings/batch_size", 0)],
     "has no beta that this version": [("settings/beta", 10**40), ("settings/beta", GONE)],
     "has no colour that this version": [("settings/colour", "red")],

@@ -426,7 +426,6 @@ def test_auto_attack_needs_its_package_and_its_targeted_loss_four_classes(monkey
 
 # Interrupted and resumed
 
-
 AA = ("--network", "guide", "--attacks", "clean,pgd2,apgd,aa", "--images", 40, "--batch-size", 16)
 
 

@@ -14,7 +14,6 @@ from conftest import ROOT
 import evaluate
 import figures
 import train_dynat
-from cli import UserError
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
 TRAIN = "python train_dynat.py --dataset tiny"
@@ -46,12 +45,6 @@ def test_every_command_of_a_page_is_a_command(page):
         check_command(line)
 
 
-@pytest.mark.parametrize("line", ["train_dynat.py --gamma 1", "evaluate.py a.pt --attacks pdg", "missing.py"])
-def test_a_command_that_does_not_exist_is_rejected(line):
-    with pytest.raises((UserError, AssertionError)):
-        check_command(f"python {line}")
-
-
 def test_every_row_of_the_papers_tables_has_its_flags():
     counts = []
     for section in re.findall(r"^## Table \d.*?(?=^## )", PAGES["docs/reproduce.md"], re.MULTILINE | re.DOTALL):
@@ -75,11 +68,6 @@ def test_every_file_and_test_that_a_page_names_exists_and_no_row_has_an_empty_ce
         assert f"def {name}(" in tests, name
     for rows in re.findall(r"-\|\n((?:\|.*\n)+)", text):
         assert not re.search(r"\| *\|", rows), rows
-
-
-def test_no_file_under_git_names_a_folder_of_one_machine():
-    pattern = r"(^|[^.[:alnum:]])/(work|home|root)/"
-    assert subprocess.run(["git", "grep", "-E", pattern], cwd=ROOT, capture_output=True, text=True).stdout == ""
 
 
 def test_the_quick_start_on_a_few_images_ends_by_saying_what_to_run_next_and_that_runs(tmp_path, monkeypatch, capsys):

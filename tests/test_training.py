@@ -22,8 +22,6 @@ from cli import UserError
 from models import build_model
 from train_dynat import METHODS, default_run_dir, default_settings, learning_rate, main, parse
 
-# settings
-
 
 def settings_of(argv):
     return parse(argv.split())[0]
@@ -128,9 +126,6 @@ def test_a_run_is_named_by_what_differs_from_the_methods_defaults():
         assert str(default_run_dir(settings, parser)) == f"runs/{name}"
 
 
-# schedules
-
-
 def check_schedules():
     schedule = lambda method, epochs, dataset="cifar10": default_settings(method, dataset, "paper", epochs=epochs)
     assert schedule("dynat", 200)["milestones"] == [(1, 0.2), (3, 1.0), (151, 0.1), (181, 0.01)]
@@ -161,8 +156,6 @@ def test_a_schedule_that_moves_otherwise_is_rejected(monkeypatch):
             patch.setattr(train_dynat, "scale_schedule", mutant(train_dynat.scale_schedule, (old, new)))
             check_schedules()
 
-
-# whole runs
 
 SHORT = ["--dataset", "tiny", "--device", "cpu", "--epochs", "2", "--steps", "1", "--batch-size", "20"]
 SHORT += ["--train-images", "50", "--ema", "0.75"]  # three updates per epoch, the last one on 10 images
@@ -326,9 +319,6 @@ def test_cifar_in_its_published_layout_trains_and_evaluates(name, classes, tmp_p
     assert evaluate.main([*argv, "--json", str(tmp_path / "report.json")]) == 0
     row = json.loads((tmp_path / "report.json").read_text())["results"][0]
     assert (row["n"], row["correct"]) == (50, 50 * counted_accuracy(network, written["test"]))
-
-
-# stopping and resuming
 
 
 def check_resume(folder, copy, whole, *argv):
