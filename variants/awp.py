@@ -2,7 +2,7 @@
 
     AT-AWP      CE(f(x_adv), y)                                                   "AWP" in the paper's tables
     TRADES-AWP  CE(f(x), y) + kl_weight * KL(f(x) || f(x_adv))
-    DYNAT-AWP   CE(g(x), y) + beta * CE(f(x_adv), labels) + kl_weight * KL(f(x) || f(x_adv)), and with Inner
+    DYNAT-AWP   CE(g(x), y) + beta * CE(f(x_adv), labels) + kl_weight * KL(f(x) || f(x_adv)), with or without Inner
 
 The paper's lambda = 0 and lambda = 1 are DYNAT-AWP's kl_weight. Source: AWP, AT_AWP/train_cifar10.py (PGD-AT's script,
 which differs from this project as pgd_at.py says) and trades_AWP/train_trades_cifar.py; DYNAT, AWP_dynat.py.
@@ -19,51 +19,6 @@ from attacks import eval_mode, linf_pgd, weight_perturbation
 from losses import dynamic_labels, guide_loss, kl_divergence, target_loss, trades_loss
 
 AWP_KL_WEIGHT = 6.0  # in the objective of DYNAT-AWP's perturbation, whatever kl_weight is
-
-
-def dynat_awp_step(
-    target, guide, optimizer, x, y, start, *,
-    inner, epsilon, step_size, steps, beta, kl_weight, awp_gamma, awp_start, epoch,
-    static_labels=False, all_reduce=None,
-):  # fmt: skip
-    """One update of CE(g(x), y) + beta * CE(f(x_adv), labels) + kl_weight * KL(f(x) || f(x_adv)) at perturbed weights.
-
-    From epoch `awp_start` on, f's weights are perturbed by `awp_gamma` times their norm, up the gradient of TRADES'
-    loss on the ground truth: as in the release, this is not the loss that is trained. Other arguments as `dynat_step`;
-    `all_reduce` as in `weight_perturbation`.
-    """
-    guide_logits = guide(x)  # (B, C)  train mode, once per update
-    decisions = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
-    labels = y if static_labels else decisions
-
-    with eval_mode(target):
-        if inner:  # Eq. (7)
-            objective = lambda logits: F.cross_entropy(logits, labels, reduction="sum")
-        else:
-            with torch.no_grad():
-                clean_logits = target(x)  # (B, C)
-            objective = lambda logits: kl_divergence(clean_logits, logits).sum()
-        x_adv = linf_pgd(target, x, start, objective, epsilon=epsilon, step_size=step_size, steps=steps)
-
-    objective_of_weights = lambda: len(y) * trades_loss(target(x), target(x_adv), y, AWP_KL_WEIGHT)
-    perturbed = weight_perturbation(target, objective_of_weights, awp_gamma, all_reduce)
-    with perturbed if epoch >= awp_start else nullcontext():
-        adv_logits = target(x_adv)  # (B, C)
-        with torch.set_grad_enabled(kl_weight > 0):  # else only for BatchNorm's statistics
-            clean_logits = target(x)  # (B, C)
-        loss_guide = guide_loss(guide_logits, y)
-        loss_target = target_loss(adv_logits, labels)
-        loss = loss_guide + beta * loss_target + kl_weight * kl_divergence(clean_logits, adv_logits).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return x_adv, {
-        "loss": loss.detach(),
-        "loss_guide": loss_guide.detach(),
-        "loss_target": loss_target.detach(),
-        "label_acc": (decisions == y).float().mean(),
-        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
-    }
 
 
 def at_awp_step(
@@ -120,6 +75,51 @@ def trades_awp_step(
         loss.backward()
         optimizer.step()
     return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
+
+
+def dynat_awp_step(
+    target, guide, optimizer, x, y, start, *,
+    inner, epsilon, step_size, steps, beta, kl_weight, awp_gamma, awp_start, epoch,
+    static_labels=False, all_reduce=None,
+):  # fmt: skip
+    """One update of CE(g(x), y) + beta * CE(f(x_adv), labels) + kl_weight * KL(f(x) || f(x_adv)) at perturbed weights.
+
+    From epoch `awp_start` on, f's weights are perturbed by `awp_gamma` times their norm, up the gradient of TRADES'
+    loss on the ground truth: as in the release, this is not the loss that is trained. Other arguments as `dynat_step`;
+    `all_reduce` as in `weight_perturbation`.
+    """
+    guide_logits = guide(x)  # (B, C)  train mode, once per update
+    decisions = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
+    labels = y if static_labels else decisions
+
+    with eval_mode(target):
+        if inner:  # Eq. (7)
+            objective = lambda logits: F.cross_entropy(logits, labels, reduction="sum")
+        else:
+            with torch.no_grad():
+                clean_logits = target(x)  # (B, C)
+            objective = lambda logits: kl_divergence(clean_logits, logits).sum()
+        x_adv = linf_pgd(target, x, start, objective, epsilon=epsilon, step_size=step_size, steps=steps)
+
+    objective_of_weights = lambda: len(y) * trades_loss(target(x), target(x_adv), y, AWP_KL_WEIGHT)
+    perturbed = weight_perturbation(target, objective_of_weights, awp_gamma, all_reduce)
+    with perturbed if epoch >= awp_start else nullcontext():
+        adv_logits = target(x_adv)  # (B, C)
+        with torch.set_grad_enabled(kl_weight > 0):  # else only for BatchNorm's statistics
+            clean_logits = target(x)  # (B, C)
+        loss_guide = guide_loss(guide_logits, y)
+        loss_target = target_loss(adv_logits, labels)
+        loss = loss_guide + beta * loss_target + kl_weight * kl_divergence(clean_logits, adv_logits).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return x_adv, {
+        "loss": loss.detach(),
+        "loss_guide": loss_guide.detach(),
+        "loss_target": loss_target.detach(),
+        "label_acc": (decisions == y).float().mean(),
+        "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
+    }
 
 
 PERTURBATION = {"awp_gamma": 0.005, "awp_start": 10}

@@ -1,7 +1,7 @@
 """GAIRAT (Zhang et al., 2021): weights w, larger the sooner PGD gets an image across the boundary.
 
     GAIRAT        w * CE(f(x_adv), y)
-    DYNAT-GAIRAT  CE(g(x), y) + beta * w * CE(f(x_adv), labels), and with Inner
+    DYNAT-GAIRAT  CE(g(x), y) + beta * w * CE(f(x_adv), labels), with or without Inner
 
 Source: Geometry-aware-Instance-reweighted-Adversarial-Training, GAIRAT.py, GAIR.py, attack_generator.py. No code for
 DYNAT-GAIRAT has been published. It is GAIRAT's script with the dynamic label in the place of y: in the target's loss,

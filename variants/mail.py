@@ -1,7 +1,7 @@
 """MAIL (Liu et al., 2021): weights w, larger the smaller the probabilistic margin at x_adv.
 
     MAIL-AT     w * CE(f(x_adv), y)
-    DYNAT-MAIL  CE(g(x), y) + beta * w * CE(f(x_adv), labels), and with Inner
+    DYNAT-MAIL  CE(g(x), y) + beta * w * CE(f(x_adv), labels), with or without Inner
     MAIL (MSE)  CE(g(x), y) + w * (1/C) * |f(x_adv) - g(x)|^2
 
 Source: MAIL, mail_loss.py, at_loss.py, with its ResNet-18's learning rate and weight decay. No code for the others has
