@@ -316,8 +316,8 @@ def _is_log(log, epochs):
     numbers = [number for row in log for number in row.items()]
     are_finite = all(type(value) in (int, float) and abs(value) < math.inf for _, value in numbers)
     is_accuracy = lambda name: str(name).endswith("_acc") or str(name).startswith("val_")
-    are_shares = are_finite and all(0 <= value <= 1 for name, value in numbers if is_accuracy(name))
-    return are_shares and [row["epoch"] for row in log] == [*range(1, epochs + 1)]
+    fits = are_finite and all(0 <= value <= 1 for name, value in numbers if is_accuracy(name))
+    return fits and [row["epoch"] for row in log] == [*range(1, epochs + 1)]
 
 
 def load_state(checkpoint, models, optimizer):

@@ -224,9 +224,9 @@ def parser():
     add("--protocol", choices=("standard", "paper"), default="standard", help="see above")
     default = f"default: {DEFAULT_ATTACKS}; with --protocol paper also aa"
     add("--attacks", type=attack_names, metavar="LIST", help=f"as above, with commas between them ({default})")
-    share = in_range(parse_fraction, 0, 1)
-    add("--epsilon", type=share, default=8 / 255, metavar="E", help="radius for pixels in [0, 1] (default: 8/255)")
-    add("--step-size", type=share, default=2 / 255, metavar="A", help="of pgd and cw (default: 2/255, the paper)")
+    fraction = in_range(parse_fraction, 0, 1)
+    add("--epsilon", type=fraction, default=8 / 255, metavar="E", help="radius for pixels in [0, 1] (default: 8/255)")
+    add("--step-size", type=fraction, default=2 / 255, metavar="A", help="of pgd and cw (default: 2/255, the paper)")
     add = p.add_argument_group("run").add_argument
     add("--batch-size", type=in_range(int, 1), default=256, metavar="B", help="a kill loses one batch at most")
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")

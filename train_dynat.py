@@ -347,7 +347,7 @@ def make_parser(defaults=None):
     them there is no --help: the parser only tells what is typed, which decides the defaults."""
     p = Parser(prog="train_dynat.py", description=__doc__, add_help=defaults is not None)
     whole, count = in_range(int, 0), in_range(int, 1)
-    number, share = in_range(parse_fraction, 0), in_range(parse_fraction, 0, 1)
+    number, fraction = in_range(parse_fraction, 0), in_range(parse_fraction, 0, 1)
     add = p.add_argument_group("what is trained, and where").add_argument
     add("--method", choices=METHODS, metavar="M", default="dynat", help=", ".join(METHODS))
     add("--dataset", choices=DATASETS, default="cifar10", help="tiny is made up, no download")
@@ -371,20 +371,20 @@ def make_parser(defaults=None):
     add("--awp-gamma", type=number, metavar="G", help="size of the weight perturbation, relative to the weights")
     add("--awp-start", type=count, metavar="EPOCH", help="the first with perturbed weights")
     add("--burn-in", type=whole, metavar="N", help="epochs before instances are weighted")
-    add("--label-smoothing", type=share, metavar="A", help="of the target's labels")
+    add("--label-smoothing", type=fraction, metavar="A", help="of the target's labels")
     add("--no-clean-forward", dest="clean_forward", action="store_false", help="keep clean images out of BatchNorm")
     add = p.add_argument_group("attack").add_argument
-    add("--epsilon", type=share, help="radius in units of pixels in [0, 1], as 8/255")
-    add("--step-size", type=share, help="of PGD, in the same units")
+    add("--epsilon", type=fraction, help="radius in units of pixels in [0, 1], as 8/255")
+    add("--step-size", type=fraction, help="of PGD, in the same units")
     add("--steps", type=in_range(int, 1, 1000), help="of PGD")
     add = p.add_argument_group("optimisation").add_argument
     add("--batch-size", type=count, help="of all processes together")
     add("--lr", type=number, help="learning rate before the schedule's factors")
     add("--schedule-epochs", type=count, metavar="N", help="scale the schedule to N epochs, not to --epochs")
     add("--lr-milestones", type=count, nargs="+", metavar="EPOCH", help="divide lr by 10 at each: the whole schedule")
-    add("--momentum", type=share, help="of SGD")
+    add("--momentum", type=fraction, help="of SGD")
     add("--weight-decay", type=number, help="of all weights")
-    add("--ema", type=share, metavar="DECAY", default=0.0, help="keep a moving average of the target as well; 0: none")
+    add("--ema", type=fraction, metavar="DECAY", default=0.0, help="keep a moving average of the target; 0: none")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=whole, default=1, help="of networks, order, crops, flips and starts")
     add("--deterministic", action=BooleanOptionalAction, default=True,
