@@ -18,10 +18,7 @@ def process_group(name):
     """This process's device; without a `name` a GPU if there is one. Under torchrun the ranks are connected inside the
     `with` (gloo between CPUs, NCCL between GPUs), and only rank 0 prints. Raises UserError if `name` cannot be used."""
     if not under_torchrun():
-        device = pick_device(name)
-        if name is None and device.type == "cpu":
-            print("no GPU found: training on the CPU")
-        yield device
+        yield pick_device(name)
         return
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda:"):

@@ -497,6 +497,8 @@ def main(argv):
         elif settings is None:
             settings, _, _ = parse(argv)
         check_device(settings, device)
+        if typed.device is None and device.type == "cpu":
+            print("no GPU found: training on the CPU")
         if typed.resume and checkpoint is None:
             print(f"note: no run in {run_dir} yet: starting it")
         stack.enter_context(numerics(deterministic=settings["deterministic"], benchmark=not settings["deterministic"]))
