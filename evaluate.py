@@ -341,7 +341,7 @@ def main(argv):
             print(table(report["results"], report["worst_case"]), flush=True)
             progress_file.unlink(missing_ok=True)
         except (KeyboardInterrupt, BrokenPipeError) as stop:
-            kept = f"{done} of {total} images are done; to go on, add --resume"
+            kept = f"{done} of {total} images are done; to go on, add --resume" if done else "nothing was saved yet"
             raise type(stop)(kept if progress_file.exists() else f"the figures are in {args.json}") from None
 
 

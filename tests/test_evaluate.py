@@ -536,7 +536,9 @@ def test_a_second_evaluation_of_the_same_name_is_refused(run, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     fake_auto_attack(monkeypatch, 1, another)
-    assert evaluated(capsys, *command)[0] == 130 and os.listdir(tmp_path) == []
+    assert evaluated(capsys, *command)[::2] == (130, ["interrupted: nothing was saved yet"]) and not os.listdir(
+        tmp_path
+    )
     assert len(seen) == 2 and all("another evaluation is at work" in line for line in seen)
 
 
