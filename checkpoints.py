@@ -191,7 +191,7 @@ def check_tensors(found, expected, source):
     some = lambda keys: ", ".join(map(str, keys[:3])) + (" ..." if len(keys) > 3 else "")
     differences = [f"{len(keys)} {kind} ({some(keys)})" for kind, keys in differing.items() if keys]
     prefixes = {str(key).split(".")[0] for key in differing["unexpected"]}
-    if len(prefixes) == 1 and all(key.endswith("num_batches_tracked") for key in both):
+    if len(prefixes) == 1 and all(str(key).endswith("num_batches_tracked") for key in both):
         differences.append(f"all keys begin with '{prefixes.pop()}.'")
     if differences:
         raise UserError(f"{source} is of another network: {'; '.join(differences)}")
@@ -314,9 +314,10 @@ def _is_log(log, epochs):
     if not log or len(log) != epochs or any(missing_keys(row, ROW) for row in log):
         return False
     numbers = [number for row in log for number in row.items()]
-    are_finite = all(type(value) in (int, float) and abs(value) < math.inf for _, value in numbers)
-    is_accuracy = lambda name: str(name).endswith("_acc") or str(name).startswith("val_")
-    fits = are_finite and all(0 <= value <= 1 for name, value in numbers if is_accuracy(name))
+    if not all(isinstance(name, str) and type(value) in (int, float) for name, value in numbers):
+        return False
+    accuracies = [value for name, value in numbers if name.endswith("_acc") or name.startswith("val_")]
+    fits = all(abs(value) < math.inf for _, value in numbers) and all(0 <= value <= 1 for value in accuracies)
     return fits and [row["epoch"] for row in log] == [*range(1, epochs + 1)]
 
 
@@ -331,10 +332,10 @@ def load_momentum(optimizer, saved):
     """Loads the momentum of each weight from the state_dict of an SGD. All else in it follows from the settings."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     expected = dict(enumerate(weights)) if optimizer.param_groups[0]["momentum"] else {}
-    try:
-        momenta = {index: state["momentum_buffer"] for index, state in saved["state"].items()}
-    except (LookupError, TypeError, AttributeError):
-        raise UserError("the checkpoint's momentum is damaged") from None
+    kinds = {"momentum_buffer": torch.Tensor}
+    if missing_keys(saved, {"state": dict}) or any(missing_keys(state, kinds) for state in saved["state"].values()):
+        raise UserError("the checkpoint's momentum is damaged")
+    momenta = {index: state["momentum_buffer"] for index, state in saved["state"].items()}
     check_tensors(momenta, expected, "the checkpoint's momentum")
     state = {index: {"momentum_buffer": momentum.clone()} for index, momentum in momenta.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -169,6 +169,7 @@ def read_batches(content, path, report, chains, parts):
                 raise UserError(f"{name.replace('_', ' ')} was {was}, is {value}: use {was}, or delete {path}")
         _, seconds = matrix_of(chains, batches)
         fits = [len(batch["rows"]) for batch in batches] == [len(part) for part in parts[: len(batches)]]
+        fits &= all(len(row) == len(seconds) and set(row) <= {"0", "1"} for batch in batches for row in batch["rows"])
         fits &= all(0 <= value < math.inf for value in seconds.values())
         fits &= all(isinstance(sentence, str) for batch in batches for sentence in batch["warnings"])
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):

@@ -86,10 +86,8 @@ def read_run(folder, runs):
         name: [(epoch, *measured(row[name], n)) for epoch, row in enumerate(log, start=1) if name in row]
         for name, n in sizes.items()
     }
-    title = method_name(config["settings"], folder.name)
-    runs.append(
-        SimpleNamespace(title=title, source=folder.name, settings=config["settings"], sizes=sizes, curves=curves)
-    )
+    about = {"title": method_name(config["settings"], folder.name), "source": folder.name}
+    runs.append(SimpleNamespace(settings=config["settings"], sizes=sizes, curves=curves, **about))
 
 
 def read_evaluation(path, networks):

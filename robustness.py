@@ -206,7 +206,8 @@ def matrix_of(chains, batches):
     """({column: mask over the images of the batches}, {column: seconds}). Raises LookupError, TypeError, ValueError or
     RuntimeError if the batches are not of these columns."""
     columns = {column: None for chain in chains.values() for column in chain}  # in order
-    masks = torch.tensor([["01".index(bit) for bit in row] for batch in batches for row in batch["rows"]]).bool()
+    bits = "".join(row for batch in batches for row in batch["rows"]).encode()
+    masks = torch.frombuffer(bytearray(bits), dtype=torch.uint8).view(-1, len(columns)) == ord("1")
     seconds = torch.tensor([batch["seconds"] for batch in batches], dtype=torch.float64).sum(0).tolist()
     return dict(zip(columns, masks.T, strict=True)), dict(zip(columns, seconds, strict=True))
 

@@ -511,6 +511,7 @@ DAMAGE = {  # the lines of the file instead of a head and a batch of 16 images
     "an image less": lambda head, batch: [head, {**batch, "rows": batch["rows"][1:]}],
     "a column less": lambda head, batch: [head, {**batch, "rows": [row[1:] for row in batch["rows"]]}],
     "another bit": lambda head, batch: [head, {**batch, "rows": ["2" * len(row) for row in batch["rows"]]}],
+    "a longer row": lambda head, batch: [head, {**batch, "rows": [batch["rows"][0] * 2, "", *batch["rows"][2:]]}],
     "negative seconds": lambda head, batch: [head, {**batch, "seconds": [-1.0] * len(batch["seconds"])}],
     "NaN seconds": lambda head, batch: [head, {**batch, "seconds": [math.nan] * len(batch["seconds"])}],
     "warnings in numbers": lambda head, batch: [head, {**batch, "warnings": [1]}],
