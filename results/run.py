@@ -45,9 +45,29 @@ PLANS = {  # (flags of all rows, which flags after -- override; flags that set e
         "--epsilon 0.031 --step-size 2/255",
         ["--method dynat-inner", "--method dynat-inner --static-labels", "--method pgd-at"],
     ),
+    # Do the answers to the questions above depend on how long one trains?
+    "long": (
+        "--epochs 50",
+        [
+            "--method dynat --seed 1",
+            "--method dynat --seed 1 --static-labels",
+            "--method dynat-inner --seed 1",
+            "--method dynat-inner --seed 1 --static-labels",
+            "--method lbgat --seed 1 --epsilon 0.031 --step-size 2/255",  # dynat's attack
+            "--method trades --seed 1",
+            # dynat's attack, weight decay and schedule, but for its warm-up epoch
+            "--method pgd-at --seed 1 --lr-milestones 38 46 --weight-decay 2e-4 --epsilon 0.031 --step-size 2/255",
+            "--method fat --seed 1",
+        ],
+    ),
     # The rows of the paper's Tables 1 to 4; a row of two tables is one here.
     "paper": ("", list(dict.fromkeys(PAPER))),
 }
+
+
+def row_name(flags):
+    """What the folder of a row is called: its flags without --method, joined by hyphens."""
+    return "-".join(word.lstrip("-").replace("/", "-") for word in flags.split()[1:])
 
 
 def evaluations(plan, flags):
@@ -62,7 +82,7 @@ def evaluations(plan, flags):
         last += " --network target,guide"
     # AutoAttack takes by far the longest: only the rows that a question compares, for one seed.
     compared = ("pgd-at", "trades", "gairat", "mail", "dynat-inner-gairat", "dynat-inner-mail")
-    if (plan == "labels" and "--seed 1" in flags) or (plan == "methods" and method in compared):
+    if plan == "long" or (plan == "labels" and "--seed 1" in flags) or (plan == "methods" and method in compared):
         return {"last": last, "aa": "last.pt --attacks aa --images 1000"}
     return {"last": last}
 
@@ -123,7 +143,7 @@ def main(argv):
     p.add_argument("--list", action="store_true", help="print the commands, run none")
     args, typed = p.parse_args(argv[:cut]), argv[cut + 1 :]
     folder, runs = ROOT / args.out / args.plan, f"runs/{Path(args.out).name}/{args.plan}"
-    names = {"-".join(word.lstrip("-") for word in flags.split()[1:]): flags for flags in PLANS[args.plan][1]}
+    names = {row_name(flags): flags for flags in PLANS[args.plan][1]}
     if unknown := set(args.rows or names) - names.keys():
         raise UserError(f"plan {args.plan} has no row {', '.join(sorted(unknown))}: its rows are {', '.join(names)}")
     naming = ["--dataset-name", args.dataset_name] if args.dataset_name else []
