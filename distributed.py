@@ -95,6 +95,13 @@ def run_on_rank0(function, *args):
     return result[0]
 
 
+@contextmanager
+def on_rank0(context):
+    """`context`, entered on rank 0 alone, around the `with` of all ranks, which get what it gives."""
+    with ExitStack() as stack:
+        yield run_on_rank0(stack.enter_context, context)
+
+
 def first_rank_first(function):
     """`function()` on every rank, on each machine's first rank before the others, which then find its downloads."""
     if world_size() == 1:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train_dynat import ATTACK, METHODS
+from settings import ATTACK, parse, resolve
+from train_dynat import METHODS
 
 GOLDEN = Path(os.environ.get("DYNAT_GOLDEN", Path(__file__).parent / "golden"))
 
@@ -55,10 +56,16 @@ def joint_sgd(hp, *networks):
     return torch.optim.SGD(weights, lr=hp["lr"], momentum=hp["momentum"], weight_decay=hp["weight_decay"])
 
 
+def settings_of(argv):
+    """The settings of a new run with these flags."""
+    typed, _, flags = parse(argv.split(), METHODS)
+    return resolve(typed, METHODS, flags)
+
+
 def step_arguments(method, **settings):
     """The keyword arguments of a method's step: its published settings where `settings` say nothing else."""
     published = {**ATTACK, **METHODS[method]["step_settings"], "noise": lambda k: torch.zeros(()), "all_reduce": None}
-    names = (*ATTACK, *METHODS[method]["step_settings"], *METHODS[method].get("loop_arguments", ()))
+    names = (*ATTACK, *METHODS[method]["step_settings"], *METHODS[method].get("needs", ()))
     return {name: {**published, **settings}[name] for name in names}
 
 

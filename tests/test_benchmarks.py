@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import settings_of
 from conftest import ROOT
 
 import train_dynat
@@ -20,7 +21,7 @@ TOY = ["--target", "cnn", "--batch-size", "8", "--steps", "3", "--device", "cpu"
 def trained(method, make_step):
     """The networks' state_dicts after two epochs of two updates each."""
     argv = [*TOY, "--dataset", "tiny", "--method", method, "--lr-milestones", "9"]
-    settings, _, _ = train_dynat.parse([*argv, "--awp-start", "1"] if "awp" in method else argv)
+    settings = settings_of(" ".join([*argv, "--awp-start 1"] if "awp" in method else argv))
     x = torch.randint(0, 256, (12, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images, prepared, prepare = Images(x, torch.arange(12) % 4, [*"abcd"]), [], train_dynat.prepare_networks
     with mock.patch.object(train_dynat, "prepare_networks", lambda *a: prepared.append(prepare(*a)) or prepared[-1]):

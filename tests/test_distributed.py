@@ -36,7 +36,7 @@ DISTURBANCES = {
     "full disk": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)),
     "no weight": lambda: setattr(distributed.GradientReducer, "weight", property(lambda _: 0.5, lambda *_: None)),
     "no sum": lambda: setattr(distributed, "all_reduce", lambda *tensors: tensors),
-    "no argument": lambda: [method.update(loop_arguments=("epoch",)) for method in METHODS.values()],
+    "no argument": lambda: [method.update(needs=("epoch",)) for method in METHODS.values()],
     "no buffers": lambda: setattr(distributed, "average_buffers", lambda _: None),
     "own start": lambda: setattr(train_dynat, "gaussian_start", lambda x, _: x + 0.001 * torch.randn_like(x)),
     "own noise": lambda: setattr(train_dynat, "normal_noise", lambda x, _, shard, k: torch.randn_like(x[shard])),

@@ -27,7 +27,7 @@ def update(method, epoch):
     net = lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
     networks = {"target": net(), "guide": net()} if "guide" in method["training"] else {"target": net()}
     loop = {"epoch": epoch, "noise": lambda k: torch.zeros(()), "all_reduce": None}
-    loop = {name: loop[name] for name in method.get("loop_arguments", ())}
+    loop = {name: loop[name] for name in method.get("needs", ())}
     arguments = {"epsilon": 0.031, "step_size": 0.007, "steps": 2, **method["step_settings"], **loop}
     optimizer = torch.optim.SGD([weight for network in networks.values() for weight in network.parameters()], 0.1)
     x, y, before = torch.rand(8, 3, 4, 4), torch.arange(8), networks["target"][-1].weight.clone()

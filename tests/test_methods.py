@@ -9,14 +9,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import TinyNet, assert_state, mutant, step_arguments
+from cases import TinyNet, assert_state, mutant, settings_of, step_arguments
 from torch import nn
 
 import attacks
 import data
 import losses
 import train_dynat
-from train_dynat import ATTACK, METHODS
+from settings import ATTACK
+from train_dynat import METHODS
 from variants.fat import fat_step
 
 PAPER = ("dynat", "dynat-inner", "dynat-awp", "dynat-inner-awp", "dynat-gairat", "dynat-inner-gairat", "dynat-mail",
@@ -63,7 +64,7 @@ def test_a_short_run_shows_the_whole_method(monkeypatch, tmp_path, method):
     """On 64 images of tiny: 3 epochs of 2 updates, to which every schedule scales."""
     monkeypatch.setattr(data, "TINY_SIZE", {"train": 64, "test": 10})
     seen = watch(monkeypatch, method)
-    settings, _, _ = train_dynat.parse(f"--method {method} --dataset tiny --epochs 3 --batch-size 32".split())
+    settings = settings_of(f"--method {method} --dataset tiny --epochs 3 --batch-size 32")
     log = train_dynat.train(settings, tmp_path, torch.device("cpu"))
 
     assert [row["lr"] for row in log] == [train_dynat.learning_rate(settings, epoch) for epoch in (1, 2, 3)]

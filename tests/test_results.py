@@ -5,12 +5,14 @@ import shlex
 import sys
 
 import pytest
+from cases import settings_of
 from conftest import ROOT
 
 import evaluate
 import figures
 import train_dynat
 from checkpoints import lock
+from settings import parse
 
 sys.path.append(str(ROOT / "results"))
 
@@ -64,9 +66,9 @@ def test_every_row_is_commands_that_a_person_could_type(plan, capsys):
     runs = []
     for line in map(shlex.split, capsys.readouterr().out.splitlines()):
         if line[1] == "train_dynat.py":
-            settings, first, _ = train_dynat.parse(line[2:])
-            runs.append(first.out)
-            assert first.resume and settings["batch_size"] == (64 if typed else 128)
+            settings, (_, first, _) = settings_of(shlex.join(line[2:])), parse(line[2:], train_dynat.METHODS)
+            runs.append(first["out"])
+            assert first["resume"] and settings["batch_size"] == (64 if typed else 128)
             assert plan != "labels" or settings["seed"] != 7  # what sets a row apart is the row's
         else:
             args = evaluate.parser().parse_args(line[2:])
@@ -77,7 +79,7 @@ def test_every_row_is_commands_that_a_person_could_type(plan, capsys):
 
 def test_the_overfitting_rows_have_equal_settings():
     commands = [run.row_commands("overfitting", flags, [], "run")["train"] for flags in run.PLANS["overfitting"][1]]
-    first, second, pgd_at = (train_dynat.parse(words[2:])[0] for words in commands)
+    first, second, pgd_at = (settings_of(" ".join(words[2:])) for words in commands)
     assert {name for name in first if first[name] != second[name]} == {"static_labels"}
     assert {name for name in pgd_at if first[name] != pgd_at[name]} == {"method"}
     assert set(run.evaluations("overfitting", "--method pgd-at")) == {"last", "best"}

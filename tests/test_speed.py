@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import TinyNet
+from cases import TinyNet, settings_of
 from torch._dynamo.backends.debugging import aot_eager
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,8 +17,9 @@ import data
 from attacks import linf_pgd
 from cli import numerics
 from models import build_model
+from settings import ATTACK
 from speed import Fast, memory_format, tf32, update_ema
-from train_dynat import ATTACK, METHODS, default_settings, main
+from train_dynat import METHODS, main
 
 X = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 FOLDED = {"cnn": 3, "resnet18": 20, "preactresnet18": 8, "wrn16-2": 6}  # BatchNorms that alone read a convolution
@@ -55,11 +56,11 @@ def test_the_attacks_network_equals_the_model_after_each_update_and_gives_it_no_
 
 def update(method, wrap, x, count=2):
     """Updates of new networks, with EMA, on the images x. Returns x_adv and all values of all state_dicts."""
-    method, settings = METHODS[method], default_settings(method, "cifar10", "paper")
+    method, settings = METHODS[method], settings_of(f"--method {method}")
     chosen = {name: settings[name] for name in (*ATTACK, *method["step_settings"])} | {"steps": 2}
     chosen |= {"x": x, "y": torch.arange(len(x), device=x.device), "start": x + 0.001}
     from_loop = {"epoch": 100, "noise": lambda k: 0.01 * k * x, "all_reduce": None}
-    chosen |= {name: from_loop[name] for name in method.get("loop_arguments", ())}
+    chosen |= {name: from_loop[name] for name in method.get("needs", ())}
     torch.manual_seed(0)
     networks = {role: build_model("cnn", 10).to(x) for role in ("target", "guide") if role in settings}
     optimizer = torch.optim.SGD([weight for net in networks.values() for weight in net.parameters()], lr=0.1)

@@ -10,22 +10,19 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from cases import assert_state, counted_accuracy, mutant
+from cases import assert_state, counted_accuracy, mutant, settings_of
 from torch import nn
 from torchvision import datasets
 
 import checkpoints
 import data
 import evaluate
+import settings
 import train_dynat
 from cli import UserError
 from models import build_model
-from train_dynat import METHODS, default_run_dir, default_settings, learning_rate, main, parse
-
-
-def settings_of(argv):
-    return parse(argv.split())[0]
-
+from settings import TINY, learning_rate, parse, run_name
+from train_dynat import METHODS, main
 
 DYNAT = {"guide": "resnet18", "inner": False, "static_labels": False, "beta": 1.0}
 INNER = {**DYNAT, "inner": True}
@@ -83,7 +80,6 @@ def test_data_set_target_preset_and_typed_flags_decide_in_this_order():
         "dynat --preset release --step-size 2/255": {"step_size": 2 / 255},
         "dynat --preset release --dataset tiny": {"guide": "cnn", "target": "cnn", "data_dir": None},
         "dynat-awp --preset release": {"beta": 0.2, "step_size": 0.007, "guide": "resnet18-lbgat"},
-        "pgd-at --preset release": {"step_size": 2 / 255},
     }
     for argv, values in expected.items():
         settings = settings_of(f"--method {argv}")
@@ -96,7 +92,7 @@ def test_help_shows_a_methods_own_flags_and_defaults_and_any_other_flag_is_refus
         main(["--method", method, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     epochs, *_, own = PUBLISHED[method]
-    assert f"unless typed (default: {epochs})" in shown
+    assert f"is scaled to it (default: {epochs})" in shown
     assert "kl_weight" not in own or f"KL term (default: {own['kl_weight']:g})" in shown
     for typed in ("--guide cnn", "--static-labels", "--beta 2", "--kl-weight 2", "--awp-gamma 0.1", "--awp-start 2",
                   "--burn-in 3", "--label-smoothing 0.1", "--no-clean-forward"):  # fmt: skip
@@ -121,12 +117,15 @@ def test_a_run_is_named_by_what_differs_from_the_methods_defaults():
         "--data-dir x --eval-every 3 --keep-from 2 --no-deterministic --device cpu": "dynat-cifar10-wrn34-10-s1",
     }
     for argv, name in names.items():
-        settings, _, parser = parse(argv.split())
-        assert str(default_run_dir(settings, parser)) == f"runs/{name}"
+        typed, _, flags = parse(argv.split(), METHODS)
+        assert run_name(typed, METHODS, flags) == name
 
 
 def check_schedules():
-    schedule = lambda method, epochs, dataset="cifar10": default_settings(method, dataset, "paper", epochs=epochs)
+    def schedule(method, epochs, dataset="cifar10"):
+        typed = f"--epochs {epochs}" if epochs else ""
+        return settings_of(f"--method {method} --dataset {dataset} {typed}")
+
     assert schedule("dynat", 200)["milestones"] == [(1, 0.2), (3, 1.0), (151, 0.1), (181, 0.01)]
     assert schedule("fat", 240)["tau_milestones"] == [(1, 0), (101, 1), (181, 2)]
     assert schedule("at-awp", 20)["awp_start"] == 1 and schedule("trades-awp", 100)["awp_start"] == 6
@@ -149,10 +148,10 @@ def test_a_schedule_moves_with_the_epochs_unless_typed():
 
 
 def test_a_schedule_that_moves_otherwise_is_rejected(monkeypatch):
-    for old, new in (("max(2, ", "max(1, "), ("1 + (epoch - 1) *", "epoch *"), (" if epoch > 1 else epoch", ""),
-                     ('moved(settings["burn_in"] + 1) - 1', 'moved(settings["burn_in"])')):  # fmt: skip
+    for old, new in (("max(2, ", "max(1, "), ("1 + (epoch - 1) *", "epoch *"), ("epoch <= 1", "epoch < 0"),
+                     ("moved(first_weighted) - 1", 'moved(settings["burn_in"])')):  # fmt: skip
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
-            patch.setattr(train_dynat, "scale_schedule", mutant(train_dynat.scale_schedule, (old, new)))
+            patch.setattr(settings, "scale_schedule", mutant(settings.scale_schedule, (old, new)))
             check_schedules()
 
 
@@ -350,7 +349,7 @@ def test_every_method_killed_in_the_save_of_its_second_epoch_resumes_to_the_same
     (checkpoints, "load_state", 'load_momentum(optimizer, checkpoint["optimizer"])', "pass"),
     (train_dynat, "train", "load_state(checkpoint, models,", "load_state(checkpoint, networks,"),
     (train_dynat, "train", "range(len(log) + 1, epochs + 1)", "range(1, epochs + 1)"),
-    (train_dynat, "train", "first_update = epoch == 1 and", "first_update ="),
+    (train_dynat, "train_epoch", "first_update = epoch == 1 and", "first_update ="),
 ])  # fmt: skip
 def test_a_resume_that_forgets_something_is_rejected(tmp_path, monkeypatch, whole, module, function, old, new):
     monkeypatch.setattr(module, function, mutant(getattr(module, function), (old, new)))
@@ -385,11 +384,22 @@ def test_an_update_that_is_not_finite_is_named_and_not_saved(tmp_path, capsys, w
     check_resume(tmp_path / "resumed", tmp_path / "run", whole[0])
 
 
+def test_an_idle_flag_is_refused():
+    for argv, says in {
+        "--method pgd-at --preset release": "--preset release changes nothing of --method pgd-at",
+        "--lr-milestones 9 --schedule-epochs 20": "--lr-milestones is the whole schedule: leave --schedule-epochs out",
+    }.items():
+        with pytest.raises(UserError, match=says):
+            settings_of(argv)
+    settings_of("--method fat --lr-milestones 9 --schedule-epochs 20")  # its tau is scaled
+
+
 def test_resume_finds_the_run_by_its_default_name_and_more_epochs_leave_its_schedule(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train_dynat.TINY, "epochs", 1)
+    monkeypatch.setitem(TINY, "epochs", 1)
     argv, other = ["--dataset", "tiny", "--device", "cpu", "--steps", "1", "--resume"], ["--seed=2", "--epochs=2"]
-    for typed, note in (([], True), (["--epochs=2"], False), (["--epochs=3"], False), (other, True), (other, False)):
+    more = ["--epochs=3", "--out=runs/dynat-tiny-cnn-s1-steps-1"]
+    for typed, note in (([], True), ([], False), (more, False), (other, True), (other, False)):
         assert main([*argv, *typed]) == 0
         assert ("note: no run in runs/" in capsys.readouterr().out) == note
     assert sorted(os.listdir("runs")) == ["dynat-tiny-cnn-s1-steps-1", "dynat-tiny-cnn-s2-epochs-2-steps-1"]

@@ -126,7 +126,7 @@ PERTURBATION = {"awp_gamma": 0.005, "awp_start": 10}
 DYNAT_AWP = {
     "step": dynat_awp_step,
     "start": "gaussian",
-    "loop_arguments": ("epoch", "all_reduce"),
+    "needs": ("epoch", "all_reduce"),
     "step_settings": {"inner": False, "static_labels": False, "beta": 1.0, "kl_weight": 1.0, **PERTURBATION},
     "training": {"guide": "resnet18", "epochs": 100, "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)]},
     "for_dataset": {"cifar100": {"beta": 0.2}},  # the paper's value is lost; this is its release's
@@ -138,14 +138,14 @@ METHODS = {
     "at-awp": {
         "step": at_awp_step,
         "start": "uniform",
-        "loop_arguments": ("epoch", "all_reduce"),
+        "needs": ("epoch", "all_reduce"),
         "step_settings": {"epsilon": 8 / 255, "step_size": 2 / 255, "awp_gamma": 0.01, "awp_start": 1},
         "training": {"epochs": 200, "milestones": [(1, 1.0), (101, 0.1), (151, 0.01)], "weight_decay": 5e-4},
     },
     "trades-awp": {
         "step": trades_awp_step,
         "start": "gaussian",
-        "loop_arguments": ("epoch", "all_reduce"),
+        "needs": ("epoch", "all_reduce"),
         "step_settings": {"epsilon": 8 / 255, "step_size": 2 / 255, "kl_weight": 6.0, **PERTURBATION},
         "training": {"epochs": 200, "milestones": [(1, 1.0), (100, 0.1), (150, 0.01)], "weight_decay": 5e-4},
     },

@@ -46,7 +46,7 @@ METHODS = {
     "fat": {
         "step": fat_step,
         "start": "uniform",
-        "loop_arguments": ("epoch", "noise"),
+        "needs": ("epoch", "noise"),
         "step_settings": {"step_size": 0.007, "tau_milestones": [(1, 0), (51, 1), (91, 2)]},
         "training": {"epochs": 120, "milestones": [(1, 1.0), (60, 0.1), (90, 0.01), (110, 0.005)]},
     }

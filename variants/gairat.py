@@ -78,7 +78,7 @@ MILESTONES = [(1, 1.0), (60, 0.1), (90, 0.01), (110, 0.005)]
 DYNAT_GAIRAT = {
     "step": dynat_gairat_step,
     "start": "uniform",
-    "loop_arguments": ("epoch", "all_reduce"),
+    "needs": ("epoch", "all_reduce"),
     "step_settings": {
         "inner": False,
         "static_labels": False,
@@ -101,7 +101,7 @@ METHODS = {
     "gairat": {
         "step": gairat_step,
         "start": "uniform",
-        "loop_arguments": ("epoch", "all_reduce"),
+        "needs": ("epoch", "all_reduce"),
         "step_settings": {"step_size": 0.007, "burn_in": 59},
         "training": {"epochs": 120, "milestones": MILESTONES},
     },

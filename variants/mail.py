@@ -110,7 +110,7 @@ WITH_GUIDE = {**TRAINING, "guide": "resnet18", "epochs": 100}  # MAIL's schedule
 DYNAT_MAIL = {
     "step": dynat_mail_step,
     "start": "gaussian",
-    "loop_arguments": ("epoch",),
+    "needs": ("epoch",),
     "step_settings": {"inner": False, "static_labels": False, "beta": 1.0, "step_size": 0.007, "burn_in": 76},
     "training": WITH_GUIDE,
     "for_preset": {"release": {"guide": "resnet18-lbgat"}},
@@ -121,14 +121,14 @@ METHODS = {
     "mail": {
         "step": mail_step,
         "start": "gaussian",
-        "loop_arguments": ("epoch",),
+        "needs": ("epoch",),
         "step_settings": {"step_size": 0.007, "burn_in": 76},
         "training": {**TRAINING, "epochs": 120},
     },
     "mail-mse": {
         "step": mail_mse_step,
         "start": "gaussian",
-        "loop_arguments": ("epoch",),
+        "needs": ("epoch",),
         "step_settings": {"step_size": 0.007, "burn_in": 76},
         "training": WITH_GUIDE,
         "for_preset": {"release": {"guide": "resnet18-lbgat"}},

@@ -40,7 +40,7 @@ METHODS = {
     "sat": {
         "step": sat_step,
         "start": "uniform",
-        "loop_arguments": ("epoch",),
+        "needs": ("epoch",),
         "step_settings": {
             "epsilon": 8 / 255,
             "step_size": 2 / 255,
