@@ -2,12 +2,14 @@
 
 Every set lives on the device as uint8 (N, 3, 32, 32); batches are cropped, flipped and turned into [0, 1] there.
 All random draws come from `make_generator(device, seed, ...)`: they depend on the seed, the epoch and the step alone.
+Of this project it imports `checkpoints` and `cli`.
 """
 
 import contextlib
 import hashlib
 import sys
 import warnings
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,10 +51,15 @@ class Images(NamedTuple):
         return digest.hexdigest()
 
 
-def make_generator(device, *key):
-    """A random generator on `device` whose stream depends on `key` alone, such as (seed, "train", epoch, step)."""
+def seed_of(*key):
+    """A seed in 0 .. 2^63 - 1 that depends on `key` alone, such as (seed, "train", epoch, step)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def make_generator(device, *key):
+    """A random generator on `device` whose stream depends on `key` alone."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 def to_float(x, memory_format=torch.channels_last):
@@ -87,7 +94,8 @@ def train_batches(images, batch_size, seed, epoch, memory_format=torch.channels_
 
 
 def _class_balanced_mask(images, count, seed):
-    """(N,) bool: which images are the class-balanced subset."""
+    """(N,) bool: which images are the class-balanced subset. The images and the classes are shuffled; then each class
+    in turn gives one image."""
     total = len(images.y)
     if count > total:
         raise UserError(f"{count} images are asked for, but there are only {total}")
@@ -95,10 +103,12 @@ def _class_balanced_mask(images, count, seed):
     shuffled = torch.randperm(total, generator=generator)
     class_order = torch.randperm(len(images.classes), generator=generator)
     y = images.y.cpu()[shuffled]
-    rank = F.one_hot(y, len(images.classes)).cumsum(0)[torch.arange(total), y]  # among the images of its class
-    round_robin = torch.argsort(rank * len(images.classes) + class_order[y], stable=True)
+    members = [shuffled[y == label].tolist() for label in class_order.argsort()]
+    chosen = []
+    for one_of_each in zip_longest(*members):  # a class without images left has None there
+        chosen += [index for index in one_of_each if index is not None]
     mask = torch.zeros(total, dtype=torch.bool)
-    mask[shuffled[round_robin[:count]]] = True
+    mask[chosen[:count]] = True
     return mask.to(images.x.device)
 
 
@@ -131,7 +141,9 @@ def load_images(dataset, split, data_dir=None):
         raise UserError(f"unknown data set '{dataset}': choose from {', '.join(DATASETS)}")
     if dataset == "tiny":
         return tiny(split)
-    return folder(data_dir, split) if dataset == "folder" else cifar(dataset, split, data_dir)
+    if dataset == "folder":
+        return folder(data_dir, split)
+    return cifar(dataset, split, data_dir)
 
 
 def cifar(dataset, split, data_dir):
@@ -158,43 +170,71 @@ def folder(data_dir, split):
     if data_dir is None:
         raise UserError("--dataset folder needs --data-dir: a folder with train/<class>/ and test/<class>/ in it")
     root = Path(data_dir) / split
+    classes = _class_names(root)
+    files, labels = _find_images(root, classes)
+    stamp = _stamp(files)
+    cache = Path(data_dir) / ".decoded" / f"{split}.pt"
+    x = _read_cache(cache, stamp, len(files))
+    if x is None:
+        x = _decode_all(files, root)
+        _write_cache(cache, stamp, x)
+    return Images(x, torch.tensor(labels), classes)
+
+
+def _visible(folder):
+    """What is in a folder, hidden entries left out, sorted by name."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _class_names(root):
+    """The names of the folders in `root`, one per class."""
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: --data-dir must hold train/<class>/ and test/<class>/")
-    visible = lambda folder: sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    classes = [entry.name for entry in visible(root) if entry.is_dir()]
-    if len(classes) < 2:
-        raise UserError(f"{root} holds {len(classes)} class folders: at least two are needed, {root}/<class>/*")
+    names = [entry.name for entry in _visible(root) if entry.is_dir()]
+    if len(names) < 2:
+        raise UserError(f"{root} holds {len(names)} class folders: at least two are needed, {root}/<class>/*")
+    return names
+
+
+def _find_images(root, classes):
+    """(the image files of all classes, their labels). Says how many other entries are skipped."""
     suffixes = Image.registered_extensions()
     files, labels, skipped = [], [], 0
     for label, name in enumerate(classes):
-        entries = visible(root / name)
+        entries = _visible(root / name)
         images = [entry for entry in entries if entry.suffix.lower() in suffixes]
-        skipped += len(entries) - len(images)
         if not images:
             raise UserError(f"{root / name} holds no images")
         files += images
         labels += [label] * len(images)
-    if skipped:
-        print(f"note: {skipped} entries below {root} are not images that Pillow reads: skipped", file=sys.stderr)
-    stamp = hashlib.sha256()
+        skipped += len(entries) - len(images)
     for file in files:
         if not file.is_file():  # a folder, a broken link, or a pipe, which might never end
             raise UserError(f"{file} is not a file: mend or remove it")
+    if skipped:
+        print(f"note: {skipped} entries below {root} are not images that Pillow reads: skipped", file=sys.stderr)
+    return files, labels
+
+
+def _stamp(files):
+    """A checksum of the files' names, sizes and times."""
+    digest = hashlib.sha256()
+    for file in files:
         status = file.stat()
-        stamp.update(repr((file.parent.name, file.name, status.st_size, status.st_mtime_ns)).encode())
-    cache = Path(data_dir) / ".decoded" / f"{split}.pt"
-    x = _cached(cache, stamp.hexdigest(), len(files))
-    if x is None:
-        decoded = [_decode(file) for file in tqdm(files, desc=f"decoding {root}", disable=None, leave=False)]
-        if transparent := sum(has_alpha for _, has_alpha in decoded):
-            print(f"note: {transparent} images below {root} store transparency: it is ignored", file=sys.stderr)
-        x = torch.stack([image for image, _ in decoded])
-        try:
-            cache.parent.mkdir(exist_ok=True)
-            checkpoints.save(cache, {"stamp": stamp.hexdigest(), "x": x})
-        except (UserError, OSError):
-            print(f"note: {cache.parent} cannot be written, so the images are decoded at every start", file=sys.stderr)
-    return Images(x, torch.tensor(labels), classes)
+        digest.update(repr((file.parent.name, file.name, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def _decode_all(files, root):
+    """The images of `files`, (N, 3, 32, 32) uint8. Says how many have transparency."""
+    x = torch.empty(len(files), 3, SIDE, SIDE, dtype=torch.uint8)
+    transparent = 0
+    for index, file in enumerate(tqdm(files, desc=f"decoding {root}", disable=None, leave=False)):
+        x[index], has_transparency = _decode(file)
+        transparent += has_transparency
+    if transparent:
+        print(f"note: {transparent} images below {root} store transparency: it is ignored", file=sys.stderr)
+    return x
 
 
 def _decode(file):
@@ -217,14 +257,26 @@ def _decode(file):
         raise UserError(f"{file} cannot be read as an image ({first_line(error)}): mend or remove it") from None
 
 
-def _cached(cache, stamp, count):
-    with contextlib.suppress(UserError):
+def _read_cache(cache, stamp, count):
+    """The decoded images that `_write_cache` kept, or None if they are not these files' or cannot be read."""
+    try:
         content = checkpoints.load(cache)
-        if not checkpoints.missing_keys(content, {"stamp": str, "x": torch.Tensor}):
-            found, x = content["stamp"], content["x"]
-            if (found, x.dtype, x.shape) == (stamp, torch.uint8, (count, 3, SIDE, SIDE)):
-                return x
-    return None
+    except UserError:
+        return None
+    if checkpoints.missing_keys(content, {"stamp": str, "x": torch.Tensor}):
+        return None
+    x = content["x"]
+    if content["stamp"] != stamp or x.dtype != torch.uint8 or x.shape != (count, 3, SIDE, SIDE):
+        return None
+    return x
+
+
+def _write_cache(cache, stamp, x):
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        checkpoints.save(cache, {"stamp": stamp, "x": x})
+    except (UserError, OSError):
+        print(f"note: {cache.parent} cannot be written, so the images are decoded at every start", file=sys.stderr)
 
 
 def tiny(split):
