@@ -1,9 +1,7 @@
-"""What several tests share: the golden values of the authors' releases, the tiny net they were recorded on, mutants."""
+"""What several tests share: the golden values of the authors' releases, the tiny net they were recorded on."""
 
 import functools
-import inspect
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -86,14 +84,3 @@ def counted_accuracy(model, images):
     """The share of images that the network in eval mode classifies as their label, in one forward."""
     with torch.no_grad():
         return (model.eval()(images.x / 255).argmax(1) == images.y).double().mean().item()
-
-
-def mutant(function, *replacements):
-    """`function` with pieces of its source replaced, (old, new) each found exactly once: what a test has to reject."""
-    source, namespace = inspect.getsource(inspect.unwrap(function)), dict(vars(sys.modules[function.__module__]))
-    for old, new in replacements:
-        if source.count(old) != 1:  # no AssertionError, which a test would take for the rejection that it expects
-            raise LookupError(f"{old!r} stands {source.count(old)} times in {function.__name__}")
-        source = source.replace(old, new)
-    exec(source, namespace)
-    return namespace[function.__name__]

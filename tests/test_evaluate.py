@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import counted_accuracy, mutant
+from cases import counted_accuracy
 from torch import nn
 from torchvision.transforms import Normalize
 
@@ -73,17 +73,6 @@ def check_stays_fooled(attack, model, images):
 @pytest.mark.parametrize("attack", [robustness.pgd, robustness.cw])
 def test_a_fooled_image_stays_fooled(attack, model, images):
     check_stays_fooled(attack, model, images)
-
-
-@pytest.mark.parametrize(("attack", "old", "new"), [
-    (robustness.pgd, "active=lambda z: z.argmax(1) == y", "active=None"),
-    (robustness.cw, "active=lambda z: z.argmax(1) == y", "active=None"),
-    (robustness.cw, "-margin(z, y)", "margin(z, y)"),
-    (robustness.pgd, "F.cross_entropy(z, y,", "-F.cross_entropy(z, y,"),
-])  # fmt: skip
-def test_an_attack_that_moves_fooled_images_or_the_wrong_way_is_rejected(attack, old, new, model, images):
-    with pytest.raises(AssertionError):
-        check_stays_fooled(mutant(attack, (old, new)), model, images)
 
 
 def test_fgsm_is_one_step_of_epsilon_uphill(model, images):

@@ -7,11 +7,11 @@ methods that nobody has released are tied to those they are made of.
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_close, assert_state, golden_cases, golden_files, joint_sgd, mutant, step_arguments, tiny_net
+from cases import assert_close, assert_state, golden_cases, golden_files, joint_sgd, step_arguments, tiny_net
 
 import robustness
 from attacks import counting_pgd, eval_mode, linf_pgd, weight_perturbation
-from losses import gairat_weights, kl_divergence, logit_mse, mail_weights, mart_loss, probability_gap, trades_loss
+from losses import gairat_weights, kl_divergence, mail_weights, probability_gap, trades_loss
 from train_dynat import METHODS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -80,14 +80,16 @@ def networks_of(case):
     return networks
 
 
-def check_update(file, name, step=None):
-    """One update or two of a method's step agree with the release: x_adv, loss, weights, BatchNorm buffers."""
+@each_file
+@pytest.mark.parametrize("name", UPDATES)
+def test_the_update_agrees_with_the_release(file, name):
+    """In x_adv, loss, weights and BatchNorm buffers; where two updates were recorded, in both."""
     case, (method, epoch, special) = golden_cases(file)[name], UPDATES[name]
     networks, hp = networks_of(case), case["hp"]
     optimizer = joint_sgd(hp, *networks.values())
     recorded = {"beta": hp.get("lam"), "kl_weight": hp.get("kl_weight", hp.get("beta")), **budget(hp)}
     arguments = step_arguments(method, epoch=epoch, **recorded, **special)
-    step = step or METHODS[method]["step"]
+    step = METHODS[method]["step"]
     for iteration in [prefix for prefix in ("", "it2_") if prefix + "x" in case]:
         x, y, start = case[iteration + "x"], case[iteration + "y"], start_of(name, case, iteration)
         x_adv, metrics = step(**networks, optimizer=optimizer, x=x, y=y, start=start, **arguments)
@@ -96,12 +98,6 @@ def check_update(file, name, step=None):
         for role, network in networks.items():
             buffers = role == "target" or name in ONE_GUIDE_FORWARD
             assert_state(network, case[f"{iteration}{role}_after_step"], 1e-10, role, buffers)
-
-
-@each_file
-@pytest.mark.parametrize("name", UPDATES)
-def test_the_update_agrees_with_the_release(file, name):
-    check_update(file, name)
 
 
 @each_file
@@ -157,13 +153,13 @@ HYBRIDS = dict.fromkeys(("dynat-gairat", "dynat-inner-gairat"), ("gairat", 71)) 
 HYBRIDS |= dict.fromkeys(("dynat-mail", "dynat-inner-mail", "mail-mse"), ("mail_at", 77))
 
 
-def hybrid_update(case, method, labels, step=None, **settings):
+def hybrid_update(case, method, labels, **settings):
     """Target and guide after one update of a hybrid whose guide decides for `labels`; x_adv and the metrics."""
     name, epoch = HYBRIDS[method]
     target, guide = tiny_net(case["target_before"]), Decided(labels)
     optimizer, start = joint_sgd(case["hp"], target, guide), start_of(name, case)
     arguments = step_arguments(method, epoch=epoch, **budget(case["hp"]), **settings)
-    step = step or METHODS[method]["step"]
+    step = METHODS[method]["step"]
     return target, guide, *step(target, guide, optimizer, case["x"], case["y"], start, **arguments)
 
 
@@ -185,11 +181,13 @@ def test_a_hybrid_whose_guide_is_right_is_its_host(file, method, static):
     assert_state(target, case["target_after_step"], 1e-10, "target")
 
 
-def check_hybrid(file, method, step=None):
+@each_file
+@pytest.mark.parametrize("method", HYBRIDS)
+def test_a_hybrid_uses_dynamic_labels_where_it_says(file, method):
     """With a guide that is often wrong, a hybrid's attack, weights and loss use the labels that its file says."""
     case = golden_cases(file)[HYBRIDS[method][0]]
     y, labels, hp = case["y"], wrong_labels(case), case["hp"]
-    target, guide, x_adv, metrics = hybrid_update(case, method, labels, step, beta=0.5)
+    target, guide, x_adv, metrics = hybrid_update(case, method, labels, beta=0.5)
 
     host, host_guide = tiny_net(case["target_before"]), Decided(labels)
     attacked = labels if "inner" in method else y
@@ -213,151 +211,20 @@ def check_hybrid(file, method, step=None):
     assert_state(guide, host_guide.state_dict(), 1e-10, "guide")
 
 
-@each_file
-@pytest.mark.parametrize("method", HYBRIDS)
-def test_a_hybrid_uses_dynamic_labels_where_it_says(file, method):
-    check_hybrid(file, method)
-
-
-STEP_INSIDE = ("        optimizer.step()\n", "")
-STEP_AT_THE_END = ("    return x_adv, {", "    optimizer.step()\n    return x_adv, {")
-IN_EVAL_MODE = ("    x_adv = linf_pgd(", "    with __import__('attacks').eval_mode(target): x_adv = linf_pgd(")
-BROKEN_STEPS = [
-    ("dynat_inner", ("target_loss(adv_logits, labels)", "target_loss(adv_logits, y)")),
-    ("dynat_inner", ("guide_loss(guide_logits, y)", "guide_loss(guide_logits, labels)")),
-    ("dynat_inner", ("guide_logits = guide(x)", "guide_logits = guide.eval()(x)")),
-    ("dynat_inner", ("with eval_mode(target):", "if True:")),
-    ("dynat_inner", ("            target(x)  # no loss term", "            pass  # no loss term")),
-    ("dynat_inner", ("adv_logits = target(x_adv)", "adv_logits = target(x)")),
-    ("dynat_inner", ("beta * loss_target", "2 * beta * loss_target")),
-    ("dynat_inner", ("F.cross_entropy(logits, labels, reduction=", "F.cross_entropy(logits, y, reduction=")),
-    ("dynat_kl_inner", ("kl_divergence(clean_logits, logits)", "kl_divergence(logits, clean_logits)")),
-    ("dynat_kl_inner", ("clean_logits = target(x)", "clean_logits = target(start)")),
-    ("dynat_awp", ("y, AWP_KL_WEIGHT", "y, kl_weight")),
-    ("dynat_awp", ("target(x_adv), y, AWP", "target(x_adv), labels, AWP")),
-    ("dynat_awp", ("kl_divergence(clean_logits, adv_logits)", "kl_divergence(adv_logits, clean_logits)")),
-    ("dynat_awp", ("kl_divergence(clean_logits, adv_logits)", "kl_divergence(clean_logits.detach(), adv_logits)")),
-    ("dynat_awp", ("epoch >= awp_start", "epoch > awp_start")),
-    ("dynat_awp", STEP_INSIDE, STEP_AT_THE_END),
-    ("dynat_awp_warmup", ("epoch >= awp_start", "True")),
-    ("dynat_inner_awp", ("F.cross_entropy(logits, labels, reduction=", "F.cross_entropy(logits, y, reduction=")),
-    ("pgd_at_rice", IN_EVAL_MODE),
-    ("pgd_at_rice", ("target(x_adv)  # no loss term", "pass  #")),
-    ("pgd_at_rice", ("target(x)  # no loss term", "pass  #")),
-    ("at_awp", IN_EVAL_MODE),
-    ("at_awp_norm", ("F.cross_entropy(target(x_adv), y, ", "F.cross_entropy(target(x), y, ")),
-    ("trades", ("target(x)  # the release's second", "pass  # the release's second")),
-    ("trades", ("trades_loss(clean_logits,", "trades_loss(clean_logits.detach(),")),
-    ("trades_awp", ("epoch >= awp_start", "False")),
-    ("trades_awp", STEP_INSIDE, STEP_AT_THE_END),
-    ("mart", ("with eval_mode(target):", "if True:")),
-    ("mart", ("mart_loss(clean_logits, adv_logits", "mart_loss(clean_logits.detach(), adv_logits")),
-    ("fat_tau0", ("mistakes <= tau", "mistakes <= tau + 1")),
-    ("fat_tau3", ("mistakes <= tau", "mistakes < tau")),
-    ("fat_tau0", ("if first <= epoch", "if first <= epoch + 1")),
-    ("fat_tau1_osc", ("if first <= epoch", "if first < epoch")),
-    ("sat_gap20", ("(epoch - easy_until)", "(epoch - easy_until + 4)")),
-    ("sat_gap00", ("<= limit", "<= 2 * limit + 0.1")),
-    ("gairat", ("epoch > burn_in", "epoch > burn_in + 1")),
-    ("gairat_cap", ("epoch > burn_in", "epoch >= burn_in")),
-    ("mail_at_burnin", ("epoch > burn_in", "epoch >= burn_in")),
-    ("mail_at", ("mail_weights(adv_logits, y)", "mail_weights(target.eval()(x_adv), y)")),
-    ("lbgat", ("logit_mse(adv_logits, guide_logits)", "logit_mse(adv_logits, guide_logits.detach())")),
-    ("lbgat", ("kl_divergence(clean_logits, logits)", "kl_divergence(logits, clean_logits)")),
-    ("dynat-gairat", ("attacked = labels if inner else y", "attacked = labels")),
-    ("dynat-inner-gairat", ("attacked = labels if inner else y", "attacked = y")),
-    ("dynat-gairat", ("label_smoothing=label_smoothing", "label_smoothing=0.1")),
-    ("dynat-gairat", ("F.cross_entropy(adv_logits, labels,", "F.cross_entropy(adv_logits, y,")),
-    ("dynat-inner-gairat", ("gairat_weights(kappa, ", "gairat_weights(kappa.new_tensor([3] * 8), ")),
-    ("dynat-gairat", ("beta * loss_target", "loss_target")),
-    ("dynat-mail", ("attacked = labels if inner else y", "attacked = labels")),
-    ("dynat-mail", ("F.cross_entropy(adv_logits, labels,", "F.cross_entropy(adv_logits, y,")),
-    ("dynat-inner-mail", ("mail_weights(adv_logits, labels)", "mail_weights(adv_logits, y)")),
-    ("dynat-inner-mail", ("epoch > burn_in", "epoch > burn_in + 1")),
-    ("mail-mse", ("mail_weights(adv_logits, y)", "mail_weights(adv_logits, guide_logits.argmax(1))")),
-    ("mail-mse", ("logit_mse(adv_logits, guide_logits)", "logit_mse(adv_logits, guide_logits.detach())")),
-]
-
-
-@pytest.mark.parametrize(("name", "edits"), [(name, edits) for name, *edits in BROKEN_STEPS])
-def test_a_broken_step_is_rejected(name, edits):
-    check, method = (check_hybrid, name) if name in HYBRIDS else (check_update, UPDATES[name][0])
-    with pytest.raises(AssertionError, match="differs"):
-        check(golden_files()[0], name, mutant(METHODS[method]["step"], *edits))
-
-
-BROKEN_PARTS = [
-    ("trades", trades_loss, "kl_divergence(clean_logits, adv_logits)", "kl_divergence(adv_logits, clean_logits)"),
-    ("mart", mart_loss, "bce + kl_weight * kl * (1.0000001 - p_y)", "(bce + kl_weight * kl) * (1.0000001 - p_y)"),
-    ("mart", mart_loss, "p_y = p.gather", "p_y = q.gather"),
-    ("mart", mart_loss, "(1.0000001 - p_y)", "(1.0000001 - p_y).detach()"),
-    ("mart", mart_loss, "_largest_other(q, y)", "q.amax(1)"),
-    ("mart", mart_loss, "1.0001", "1.001"),
-    ("lbgat", logit_mse, ".mean(1)", ".sum(1)"),
-    ("sat_gap20", probability_gap, "p = F.softmax(logits, 1)", "p = logits"),
-    ("gairat_osc", counting_pgd, "kappa.add_(logits.argmax(1) == labels)",
-        "count.k = getattr(count, 'k', -1) + 1; kappa.add_((logits.argmax(1) == labels) & (kappa == count.k))"),
-    ("gairat", counting_pgd, "return torch.ones_like(labels, dtype=torch.bool)", "return logits.argmax(1) == labels"),
-    ("gairat", gairat_weights, "weights / (total / count)", "weights"),
-    ("gairat", gairat_weights, "shift: float = -1.0", "shift: float = 0.0"),
-    ("gairat", gairat_weights, "torch.tanh(shift + 5", "torch.tanh(shift - 5"),
-    ("mail_at", mail_weights, "3 * torch", "torch"),
-    ("mail_at", mail_weights, "bias: float = -0.5", "bias: float = 0.5"),
-    ("mail_at", mail_weights, "adv_logits.detach()", "adv_logits"),
-    ("mail_at", mail_weights, "probability_gap(", "-probability_gap("),
-    ("dynat_awp", weight_perturbation, 'p.dim() > 1 and "weight" in name', "True"),
-    ("dynat_awp", weight_perturbation, 'p.dim() > 1 and "weight" in name', '"weight" in name'),
-    ("dynat_awp", weight_perturbation, "buffer.copy_(before)", "pass"),
-    ("dynat_awp", weight_perturbation, "w.sub_(v)", "pass"),
-    ("dynat_awp", weight_perturbation, "g for w, g in pairs]", "-g for w, g in pairs]"),
-    ("trades_awp", weight_perturbation, "gamma * w.norm()", "gamma"),
-    ("at_awp", weight_perturbation, "gamma * w.norm()", "2 * gamma * w.norm()"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "part", "old", "new"), BROKEN_PARTS)
-def test_a_step_with_a_broken_part_is_rejected(monkeypatch, name, part, old, new):
-    step = METHODS[UPDATES[name][0]]["step"]
-    assert step.__globals__[part.__name__] is part
-    monkeypatch.setitem(step.__globals__, part.__name__, mutant(part, (old, new)))
-    with pytest.raises(AssertionError, match="differs"):
-        check_update(golden_files()[0], name)
-
-
-def check_training_attack(file, name, attack):
-    case = golden_cases(file)[name]
-    target, x, y = tiny_net(case["target_before"]).eval(), case["x"], case["y"]
-    clean_logits = target(x).detach()
-    objective = lambda logits: F.cross_entropy(logits, y, reduction="sum")
-    if name == "trades_kl_attack":
-        objective = lambda logits: kl_divergence(clean_logits, logits).sum()
-    x_adv = attack(target, x, case["x_init"], objective, **budget(case["hp"]))
-    assert_close(x_adv, case["x_adv"], 1e-12, "x_adv")
-
-
 TRAINING_ATTACKS = ["trades_kl_attack", "pgd_ce_attack", "eval_pgd_trades"]
 
 
 @each_file
 @pytest.mark.parametrize("name", TRAINING_ATTACKS)
 def test_the_attack_agrees_with_the_release(file, name):
-    check_training_attack(file, name, linf_pgd)
-
-
-@pytest.mark.parametrize("edit", [("range(steps)", "range(steps - 1)"), ("low, high = x", "low, high = start")])
-@pytest.mark.parametrize("name", TRAINING_ATTACKS)
-def test_a_broken_attack_is_rejected(name, edit):
-    with pytest.raises(AssertionError, match="differs"):
-        check_training_attack(golden_files()[0], name, mutant(linf_pgd, edit))
-
-
-def check_evaluation_attack(file, name, attack):
     case = golden_cases(file)[name]
     target, x, y = tiny_net(case["target_before"]).eval(), case["x"], case["y"]
-    x_adv = attack(target, x, y, case["x_init"], **budget(case["hp"]))
-    assert torch.equal(robustness.correct(target, x, y), case["correct_clean"])
+    clean_logits = target(x).detach()
+    objective = lambda logits: F.cross_entropy(logits, y, reduction="sum")
+    if name == "trades_kl_attack":
+        objective = lambda logits: kl_divergence(clean_logits, logits).sum()
+    x_adv = linf_pgd(target, x, case["x_init"], objective, **budget(case["hp"]))
     assert_close(x_adv, case["x_adv"], 1e-12, "x_adv")
-    assert torch.equal(robustness.correct(target, x_adv, y), case["correct_adv"])
 
 
 EVALUATION_ATTACKS = {"eval_pgd10": robustness.pgd, "eval_pgd20": robustness.pgd, "eval_cw20": robustness.cw}
@@ -366,14 +233,9 @@ EVALUATION_ATTACKS = {"eval_pgd10": robustness.pgd, "eval_pgd20": robustness.pgd
 @each_file
 @pytest.mark.parametrize("name", EVALUATION_ATTACKS)
 def test_the_evaluation_attack_agrees_with_the_release(file, name):
-    check_evaluation_attack(file, name, EVALUATION_ATTACKS[name])
-
-
-@pytest.mark.parametrize("name", EVALUATION_ATTACKS)
-def test_an_evaluation_that_moves_fooled_images_or_has_the_others_objective_is_rejected(name):
-    attack = EVALUATION_ATTACKS[name]
-    moves_fooled = mutant(attack, ("active=lambda z: z.argmax(1) == y", "active=None"))
-    other = robustness.pgd if attack is robustness.cw else robustness.cw
-    for broken in (moves_fooled, other):
-        with pytest.raises(AssertionError, match="differs"):
-            check_evaluation_attack(golden_files()[0], name, broken)
+    case = golden_cases(file)[name]
+    target, x, y = tiny_net(case["target_before"]).eval(), case["x"], case["y"]
+    x_adv = EVALUATION_ATTACKS[name](target, x, y, case["x_init"], **budget(case["hp"]))
+    assert torch.equal(robustness.correct(target, x, y), case["correct_clean"])
+    assert_close(x_adv, case["x_adv"], 1e-12, "x_adv")
+    assert torch.equal(robustness.correct(target, x_adv, y), case["correct_adv"])

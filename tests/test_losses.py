@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from cases import mutant
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,22 +14,16 @@ logits_lists = st.lists(
 )  # whole numbers, so that ties happen
 
 
-def check_labels(labels_of, rows):
+def check_labels(rows):
     logits = torch.tensor(rows, requires_grad=True)
-    labels = labels_of(logits)
+    labels = dynamic_labels(logits)
     assert labels.tolist() == [row.index(max(row)) for row in rows]  # the first maximum at a tie
     assert labels.dtype == torch.int64 and not labels.requires_grad
 
 
 @given(logits_lists)
 def test_dynamic_labels_are_the_argmax_ties_included_and_carry_no_gradient(rows):
-    check_labels(dynamic_labels, rows)
-
-
-@pytest.mark.parametrize("new", ["argmin(dim=1)", "flip(1).argmax(dim=1).neg() + 3", "softmax(1)"])
-def test_other_labels_are_rejected(new):
-    with pytest.raises(AssertionError):
-        check_labels(mutant(dynamic_labels, ("argmax(dim=1)", new)), [[0.0, 1.0, 1.0, 0.0]])
+    check_labels(rows)
 
 
 def softmax(row):
@@ -45,21 +38,15 @@ def test_equations_4_and_5_are_the_mean_cross_entropy(rows, label):
         assert loss(torch.tensor(rows), torch.full((len(rows),), label)).item() == pytest.approx(expected, rel=1e-5)
 
 
-def check_kl(kl, pairs):
+def check_kl(pairs):
     expected = [sum(a * math.log(a / b) for a, b in zip(softmax(p), softmax(q), strict=True)) for p, q in pairs]
     p, q = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    assert kl(p, q).tolist() == pytest.approx(expected, abs=1e-12)
+    assert kl_divergence(p, q).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.lists(st.tuples(*[st.lists(st.floats(-5, 5), min_size=4, max_size=4)] * 2), min_size=1, max_size=4))
 def test_kl_divergence_is_the_sum_over_classes_for_each_image(pairs):
-    check_kl(kl_divergence, pairs)
-
-
-def test_a_swapped_kl_is_rejected():
-    p, q = "F.log_softmax(p_logits, 1)", "F.log_softmax(q_logits, 1)"
-    with pytest.raises(AssertionError):
-        check_kl(mutant(kl_divergence, (f"{q}, {p}", f"{p}, {q}")), [([2.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])])
+    check_kl(pairs)
 
 
 def test_gradient_of_the_kl_flows_into_both_arguments():

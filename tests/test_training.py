@@ -10,14 +10,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from cases import assert_state, counted_accuracy, mutant, settings_of
+from cases import assert_state, counted_accuracy, settings_of
 from torch import nn
 from torchvision import datasets
 
 import checkpoints
 import data
 import evaluate
-import settings
 import train_dynat
 from cli import UserError
 from models import build_model
@@ -145,14 +144,6 @@ def test_a_schedule_moves_with_the_epochs_unless_typed():
     assert settings_of("--epochs 76 --schedule-epochs 100")["milestones"] == WARM_UP
     rates = [learning_rate(settings_of(""), epoch) for epoch in (1, 2, 75, 76, 90, 91, 100)]
     assert rates == pytest.approx([0.02, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-
-
-def test_a_schedule_that_moves_otherwise_is_rejected(monkeypatch):
-    for old, new in (("max(2, ", "max(1, "), ("1 + (epoch - 1) *", "epoch *"), ("epoch <= 1", "epoch < 0"),
-                     ("moved(first_weighted) - 1", 'moved(settings["burn_in"])')):  # fmt: skip
-        with monkeypatch.context() as patch, pytest.raises(AssertionError):
-            patch.setattr(settings, "scale_schedule", mutant(settings.scale_schedule, (old, new)))
-            check_schedules()
 
 
 SHORT = ["--dataset", "tiny", "--device", "cpu", "--epochs", "2", "--steps", "1", "--batch-size", "20"]
@@ -343,19 +334,6 @@ def test_every_method_killed_in_the_save_of_its_second_epoch_resumes_to_the_same
         run(tmp_path / "whole", "--method", method, *early)
     assert checkpoints.load(copies[5] / "last.pt")["epoch"] == 1
     check_resume(tmp_path / "resumed", copies[5], tmp_path / "whole")
-
-
-@pytest.mark.parametrize(("module", "function", "old", "new"), [
-    (checkpoints, "load_state", 'load_momentum(optimizer, checkpoint["optimizer"])', "pass"),
-    (train_dynat, "train", "load_state(checkpoint, models,", "load_state(checkpoint, networks,"),
-    (train_dynat, "train", "range(len(log) + 1, epochs + 1)", "range(1, epochs + 1)"),
-    (train_dynat, "train_epoch", "first_update = epoch == 1 and", "first_update ="),
-])  # fmt: skip
-def test_a_resume_that_forgets_something_is_rejected(tmp_path, monkeypatch, whole, module, function, old, new):
-    monkeypatch.setattr(module, function, mutant(getattr(module, function), (old, new)))
-    run_dir, copies, _, _ = whole
-    with pytest.raises(AssertionError):
-        check_resume(tmp_path, copies[6], run_dir)  # its second epoch is not saved
 
 
 def test_ctrl_c_before_the_first_save_says_so(tmp_path, capsys, monkeypatch):
