@@ -59,8 +59,8 @@ def dynat_step(
     because in train mode the batch statistics are the same each time.
     """
     guide_logits = guide(x)  # (B, C)  train mode, once per update
-    decisions = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
-    labels = y if static_labels else decisions
+    guide_labels = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
+    labels = y if static_labels else guide_labels
 
     with eval_mode(target):
         if inner:  # Eq. (7)
@@ -86,7 +86,7 @@ def dynat_step(
         "loss": loss.detach(),
         "loss_guide": loss_guide.detach(),
         "loss_target": loss_target.detach(),
-        "label_acc": (decisions == y).float().mean(),  # from weak to strong: the share of right dynamic labels
+        "label_acc": (guide_labels == y).float().mean(),  # from weak to strong: the share of right dynamic labels
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 

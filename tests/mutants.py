@@ -34,20 +34,20 @@ def mutant(name, old, new):
     """Inside the `with`, the function called `name` runs with `new` in the place of `old`, for all who call it."""
     function = inspect.unwrap(pkgutil.resolve_name(name))
     source = inspect.getsource(function)
+    file = inspect.getsourcefile(function)
+    hint = f"in {function.__name__}() of {file}: was it renamed or reworded? Then change this row."
     if source.count(old) != 1:
-        file = inspect.getsourcefile(function)
-        pytest.fail(
-            f"{old!r} stands {source.count(old)} times in {function.__name__}() of {file}, but this mutant replaces it "
-            "where it stands once. If it was renamed or reworded, change this row of tests/mutants.py.",
-            pytrace=False,
-        )
+        pytest.fail(f"{old!r} stands {source.count(old)} times, not once, {hint}", pytrace=False)
     namespace = dict(vars(sys.modules[function.__module__]))
     exec(source.replace(old, new), namespace)
     broken = inspect.unwrap(namespace[function.__name__])
     with pytest.MonkeyPatch.context() as patch:
         for part in ("__code__", "__defaults__", "__kwdefaults__"):
             patch.setattr(function, part, getattr(broken, part))
-        yield
+        try:
+            yield
+        except NameError as error:
+            pytest.fail(f"{new!r} finds no such name, {error}, {hint}", pytrace=False)
 
 
 # Noticed by a recorded value of a release, in a tensor that "differs". The last cell is the golden case, or the hybrid.
@@ -202,9 +202,9 @@ PROPERTIES = [
     ("variants.mail.dynat_mail_step", "guide_loss(guide_logits, y)",
         "guide_loss(guide_logits, labels)", STATIC_LABELS, "dynat-mail"),
     ("variants.mail.dynat_mail_step", "mail_weights(adv_logits, labels)",
-        "mail_weights(adv_logits, decisions)", STATIC_LABELS, "dynat-mail"),
+        "mail_weights(adv_logits, guide_labels)", STATIC_LABELS, "dynat-mail"),
     ("variants.mail.dynat_mail_step", "attacked = labels",
-        "attacked = decisions", STATIC_LABELS, "dynat-inner-mail"),
+        "attacked = guide_labels", STATIC_LABELS, "dynat-inner-mail"),
     ("variants.trades.trades_step", "adv_logits.argmax(1) == y",
         "adv_logits.argmin(1) == y", REPORT, "trades"),
     ("variants.trades.trades_step", '"loss": loss.detach()', '"loss": loss', REPORT, "trades"),
@@ -220,19 +220,19 @@ PROPERTIES = [
     ("train_dynat.dynat_step", "dynamic_labels(guide_logits)",
         "dynamic_labels(guide(x))", CLEAN_FORWARD, "dynat-inner"),
     ("train_dynat.dynat_step", "labels = y if static_labels",
-        "labels = decisions = y if static_labels", STATIC_LABELS, "dynat"),
+        "labels = guide_labels = y if static_labels", STATIC_LABELS, "dynat"),
     ("train_dynat.dynat_step", "cross_entropy(logits, labels,",
-        "cross_entropy(logits, decisions,", STATIC_LABELS, "dynat-inner"),
+        "cross_entropy(logits, guide_labels,", STATIC_LABELS, "dynat-inner"),
     ("variants.awp.dynat_awp_step", "loss_guide + beta * loss_target",
         "beta * loss_guide + loss_target", BETA, "dynat-awp"),
     ("variants.awp.dynat_awp_step", "target_loss(adv_logits, labels)",
-        "target_loss(adv_logits, decisions)", STATIC_LABELS, "dynat-awp"),
+        "target_loss(adv_logits, guide_labels)", STATIC_LABELS, "dynat-awp"),
     ("variants.awp.dynat_awp_step", "cross_entropy(logits, labels,",
-        "cross_entropy(logits, decisions,", STATIC_LABELS, "dynat-inner-awp"),
+        "cross_entropy(logits, guide_labels,", STATIC_LABELS, "dynat-inner-awp"),
     ("variants.gairat.dynat_gairat_step", "(adv_logits, labels,",
-        "(adv_logits, decisions,", STATIC_LABELS, "dynat-gairat"),
+        "(adv_logits, guide_labels,", STATIC_LABELS, "dynat-gairat"),
     ("variants.gairat.dynat_gairat_step", "attacked = labels",
-        "attacked = decisions", STATIC_LABELS, "dynat-inner-gairat"),
+        "attacked = guide_labels", STATIC_LABELS, "dynat-inner-gairat"),
     ("variants.fat.fat_step", "mistakes.add_(logits.argmax(1) != y)",
         "mistakes.add_(1).mul_(logits.argmax(1) != y)", FAT),
     ("attacks.eval_mode", "module.training = training", "module.training = True", UNTOUCHED),

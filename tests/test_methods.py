@@ -161,7 +161,6 @@ def test_beta_and_static_labels_change_the_targets_training_alone(check, setting
 def steps_taken_by_fat(wrong, tau):
     """How many of ten steps an image takes that is misclassified at the iterates `wrong`."""
     net, x, y, moving = nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), torch.zeros(2, 3, 1, 1), torch.tensor([0, 1]), []
-
     optimizer = torch.optim.SGD(net.parameters())
 
     def linf_pgd(*_, active, **settings):

@@ -89,8 +89,8 @@ def dynat_awp_step(
     `all_reduce` as in `weight_perturbation`.
     """
     guide_logits = guide(x)  # (B, C)  train mode, once per update
-    decisions = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
-    labels = y if static_labels else decisions
+    guide_labels = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
+    labels = y if static_labels else guide_labels
 
     with eval_mode(target):
         if inner:  # Eq. (7)
@@ -117,7 +117,7 @@ def dynat_awp_step(
         "loss": loss.detach(),
         "loss_guide": loss_guide.detach(),
         "loss_target": loss_target.detach(),
-        "label_acc": (decisions == y).float().mean(),
+        "label_acc": (guide_labels == y).float().mean(),
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 

@@ -48,8 +48,8 @@ def dynat_gairat_step(
     Other arguments as `dynat_step`.
     """
     guide_logits = guide(x)  # (B, C)  train mode, once per update
-    decisions = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
-    labels = y if static_labels else decisions
+    guide_labels = dynamic_labels(guide_logits)  # (B,)    Eq. (3), no gradient
+    labels = y if static_labels else guide_labels
 
     attacked = labels if inner else y
     with eval_mode(target):
@@ -69,7 +69,7 @@ def dynat_gairat_step(
         "loss": loss.detach(),
         "loss_guide": loss_guide.detach(),
         "loss_target": loss_target.detach(),
-        "label_acc": (decisions == y).float().mean(),
+        "label_acc": (guide_labels == y).float().mean(),
         "adv_acc": (adv_logits.argmax(1) == y).float().mean(),
     }
 
