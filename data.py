@@ -220,7 +220,7 @@ def _decode(file):
 def _cached(cache, stamp, count):
     with contextlib.suppress(UserError):
         content = checkpoints.load(cache)
-        if not checkpoints.missing_keys(content, {"stamp": str, "x": torch.Tensor}):
+        if not checkpoints.invalid_keys(content, {"stamp": str, "x": torch.Tensor}):
             found, x = content["stamp"], content["x"]
             if (found, x.dtype, x.shape) == (stamp, torch.uint8, (count, 3, SIDE, SIDE)):
                 return x
