@@ -1,4 +1,5 @@
-"""Files of a run: saved completely or not at all, loaded safely and strictly; and the run directory.
+"""Files of a run: saved completely or not at all, loaded safely and strictly; and the run directory. Of this project it
+imports `cli` and `models` alone.
 
 A run's `last.pt` is a dict of tensors, numbers and strings: `target`, `guide` and `ema` (state_dicts, where there are
 such networks), `optimizer`, `epoch` (finished epochs), `log` (a dict per epoch), `settings` (every resolved flag),
@@ -112,12 +113,16 @@ def _check_plain(content, path):
             _check_plain(value, path)
 
 
-def missing_keys(content, kinds):
-    """The names in `kinds` under which `content` holds nothing of that kind; all of them if it is not a dict."""
+def invalid_keys(content, types):
+    """The keys of `types`, {key: type}, under which `content` holds nothing of that type; all if it is not a dict."""
     if not isinstance(content, dict):
-        return list(kinds)
-    fits = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)  # which Python counts as an int
-    return [name for name, kind in kinds.items() if not fits(content.get(name), kind)]
+        return list(types)
+    invalid = []
+    for key, expected in types.items():
+        value = content.get(key)
+        if not isinstance(value, expected) or isinstance(value, bool):  # which Python counts as an int
+            invalid.append(key)
+    return invalid
 
 
 # Networks
@@ -146,14 +151,15 @@ def bare_state_dict(content):
     return state_dict
 
 
-def take_normalisation(state_dict):
+def split_normalisation(state_dict):
     """Splits a bare state_dict into the network's own entries and a layer that normalises its images, or None. Raises
     UserError if mean and std are not those of images in [0, 1]."""
     for names in NORMALISATIONS:
         if all(name in state_dict for name in names):
             mean, std = (state_dict[name].float().flatten() for name in names)
-            sizes = {len(mean), len(std)}
-            if not sizes <= {1, 3} or not ((mean >= 0) & (mean <= 1)).all() or not ((std > 0) & (std <= 1)).all():
+            of_rgb = {len(mean), len(std)} <= {1, 3}
+            in_range = ((mean >= 0) & (mean <= 1)).all() and ((std > 0) & (std <= 1)).all()
+            if not of_rgb or not in_range:
                 shown = " and ".join(f"{name} {state_dict[name].flatten()[:3].tolist()}" for name in names)
                 raise UserError(f"the file's normalisation is not one of RGB images in [0, 1]: {shown}")
             rest = {key: value for key, value in state_dict.items() if key not in names}
@@ -177,24 +183,37 @@ def check_tensors(found, expected, source):
     """Raises UserError unless the dict `found` has the keys of `expected`, with tensors of the same shapes, and finite
     where these are floating-point."""
     both = [key for key in expected if key in found]
-    is_finite = lambda tensor, dtype: tensor.is_floating_point() and tensor.to(dtype).isfinite().all()
+    reshaped = []
     for key in both:
-        value, dtype = found[key], expected[key].dtype
-        if not isinstance(value, torch.Tensor) or (dtype.is_floating_point and not is_finite(value, dtype)):
+        if not is_finite(found[key], expected[key].dtype):
             raise UserError(f"{source} is damaged: {key} is not a tensor of finite numbers")
-    shapes = {key: (tuple(found[key].shape), tuple(expected[key].shape)) for key in both}
-    differing = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": [key for key in found if key not in expected],
-        "of another shape": [f"{key} {new} instead of {old}" for key, (new, old) in shapes.items() if new != old],
-    }
-    some = lambda keys: ", ".join(map(str, keys[:3])) + (" ..." if len(keys) > 3 else "")
-    differences = [f"{len(keys)} {kind} ({some(keys)})" for kind, keys in differing.items() if keys]
-    prefixes = {str(key).split(".")[0] for key in differing["unexpected"]}
+        if found[key].shape != expected[key].shape:
+            reshaped.append(f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}")
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    differences = []
+    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
+        if keys:
+            differences.append(f"{len(keys)} {kind} ({first_three(keys)})")
+    prefixes = {str(key).split(".")[0] for key in unexpected}
     if len(prefixes) == 1 and all(str(key).endswith("num_batches_tracked") for key in both):
         differences.append(f"all keys begin with '{prefixes.pop()}.'")
     if differences:
         raise UserError(f"{source} is of another network: {'; '.join(differences)}")
+
+
+def is_finite(value, dtype):
+    """Whether `value` is a tensor that can stand for one of `dtype`: of finite numbers if that is floating-point."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    if not dtype.is_floating_point:
+        return True
+    return value.is_floating_point() and bool(value.to(dtype).isfinite().all())
+
+
+def first_three(keys):
+    """'a, b, c ...'"""
+    return ", ".join(map(str, keys[:3])) + (" ..." if len(keys) > 3 else "")
 
 
 def load_trained(path, target=None, dataset=None):
@@ -214,13 +233,13 @@ def load_trained(path, target=None, dataset=None):
 def load_network(content, role, path, num_classes, memory_format=torch.channels_last):
     """The `role`, target or guide, of what `load_trained` found, frozen and in eval mode. Raises UserError if it does
     not fit."""
-    if missing_keys(content, {role: dict}) or missing_keys(content["settings"], {role: str}):
+    if invalid_keys(content, {role: dict}) or invalid_keys(content["settings"], {role: str}):
         raise UserError(f"{path} holds no {role}")
     try:
         model = build_model(content["settings"][role], num_classes)
     except ValueError as error:
         raise UserError(str(error)) from None
-    state_dict, normalisation = take_normalisation(content[role])
+    state_dict, normalisation = split_normalisation(content[role])
     load_weights(model, state_dict, f"the {role} in {path}")
     if normalisation:
         model = nn.Sequential(normalisation, model)
@@ -245,7 +264,7 @@ def claim_run_dir(run_dir, resume):
             raise UserError(f"{run_dir} cannot be made ({error.strerror}): choose another --out") from None
         with lock(run_dir, f"another run is at work in {run_dir}: wait for it, or choose another --out"):
             checkpoint = load_run(run_dir / "last.pt")
-            if checkpoint is not None or _is_begun(run_dir):
+            if checkpoint is not None or started_but_unsaved(run_dir):
                 for file in run_dir.iterdir():
                     if re.fullmatch(OUR_PARTIAL, file.name):  # a killed run was writing it
                         file.unlink()
@@ -271,7 +290,7 @@ def lock(path, refusal):
         yield
 
 
-def _is_begun(run_dir):
+def started_but_unsaved(run_dir):
     """Whether `run_dir` is of a run that was stopped in its first epoch. Raises UserError if a run that starts here
     would overwrite anything else."""
     config = run_dir / "config.json"
@@ -284,41 +303,47 @@ def _is_begun(run_dir):
 
 def load_run(path):
     """The checkpoint of a run, to continue it; None if there is none. Raises UserError if it is something else."""
+    if not path.exists():
+        return None
     try:
-        if path.exists():
-            check_run(checkpoint := load(path), path, RUN)
-            return checkpoint
+        checkpoint = load(path)
+        check_run(checkpoint, path, RUN)
+        return checkpoint
     except UserError as error:
         raise UserError(f"{error}; bring back a copy of it, or start anew with another --out") from None
 
 
-def check_run(content, path, kinds):
-    """Raises UserError unless `content`, from the file `path`, is a run's checkpoint with everything in `kinds`."""
-    missing = missing_keys(content, kinds)
-    if not missing:
-        missing = missing_keys(content["settings"], SETTINGS)
+def check_run(content, path, types):
+    """Raises UserError unless `content`, from the file `path`, is a run's checkpoint with everything in `types`."""
+    invalid = invalid_keys(content, types)
+    if not invalid:
+        invalid = invalid_keys(content["settings"], SETTINGS)
         try:
             json.dumps([content["settings"], content.get("config")], allow_nan=False)
         except (TypeError, ValueError, RecursionError):
-            missing.append("settings and config of finite numbers and words")
+            invalid.append("settings and config of finite numbers and words")
         if not all(isinstance(name, str) for name in content["classes"]):
-            missing.append("names of classes")
-        if "log" in kinds and not _is_log(content["log"], content["epoch"]):
-            missing.append("log of numbers for each epoch")
-    if missing:
-        raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(missing)}")
+            invalid.append("names of classes")
+        if "log" in types and not _is_log(content["log"], content["epoch"]):
+            invalid.append("log of numbers for each epoch")
+    if invalid:
+        raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(invalid)}")
 
 
 def _is_log(log, epochs):
     """Whether `log` has a row of finite numbers, accuracies between 0 and 1, for each epoch from 1 to `epochs`."""
-    if not log or len(log) != epochs or any(missing_keys(row, ROW) for row in log):
+    if not log or len(log) != epochs:
         return False
-    numbers = [number for row in log for number in row.items()]
-    if not all(isinstance(name, str) and type(value) in (int, float) for name, value in numbers):
-        return False
-    accuracies = [value for name, value in numbers if name.endswith("_acc") or name.startswith("val_")]
-    fits = all(abs(value) < math.inf for _, value in numbers) and all(0 <= value <= 1 for value in accuracies)
-    return fits and [row["epoch"] for row in log] == [*range(1, epochs + 1)]
+    for number, row in enumerate(log, 1):
+        if invalid_keys(row, ROW) or row["epoch"] != number:
+            return False
+        for name, value in row.items():
+            if not isinstance(name, str) or type(value) not in (int, float) or not abs(value) < math.inf:
+                return False
+            is_accuracy = name.endswith("_acc") or name.startswith("val_")
+            if is_accuracy and not 0 <= value <= 1:
+                return False
+    return True
 
 
 def load_state(checkpoint, models, optimizer):
@@ -332,10 +357,14 @@ def load_momentum(optimizer, saved):
     """Loads the momentum of each weight from the state_dict of an SGD. All else in it follows from the settings."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     expected = dict(enumerate(weights)) if optimizer.param_groups[0]["momentum"] else {}
-    kinds = {"momentum_buffer": torch.Tensor}
-    if missing_keys(saved, {"state": dict}) or any(missing_keys(state, kinds) for state in saved["state"].values()):
-        raise UserError("the checkpoint's momentum is damaged")
-    momenta = {index: state["momentum_buffer"] for index, state in saved["state"].items()}
+    damaged = UserError("the checkpoint's momentum is damaged")
+    if invalid_keys(saved, {"state": dict}):
+        raise damaged
+    momenta = {}
+    for index, state in saved["state"].items():
+        if invalid_keys(state, {"momentum_buffer": torch.Tensor}):
+            raise damaged
+        momenta[index] = state["momentum_buffer"]
     check_tensors(momenta, expected, "the checkpoint's momentum")
     state = {index: {"momentum_buffer": momentum.clone()} for index, momentum in momenta.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -354,8 +383,8 @@ def write_from_checkpoint(run_dir, checkpoint):
     write_text(run_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     save(run_dir / "weights.pt", checkpoint["target"])
     write_config(run_dir, checkpoint["config"])
-    *past, robust = (row.get("val_pgd", -1) for row in log)
-    if robust > max(past, default=-1):
+    best_before = max((row.get("val_pgd", -1) for row in log[:-1]), default=-1)
+    if log[-1].get("val_pgd", -1) > best_before:
         save(run_dir / "best.pt", checkpoint)
     if settings["keep_from"] is not None and epoch >= settings["keep_from"]:
         networks_only = {name: value for name, value in checkpoint.items() if name != "optimizer"}

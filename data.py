@@ -263,7 +263,7 @@ def _read_cache(cache, stamp, count):
         content = checkpoints.load(cache)
     except UserError:
         return None
-    if checkpoints.missing_keys(content, {"stamp": str, "x": torch.Tensor}):
+    if checkpoints.invalid_keys(content, {"stamp": str, "x": torch.Tensor}):
         return None
     x = content["x"]
     if content["stamp"] != stamp or x.dtype != torch.uint8 or x.shape != (count, 3, SIDE, SIDE):

@@ -283,7 +283,7 @@ def main(argv):
     settings = content["settings"]
     args.dataset = args.dataset or settings["dataset"]
     if args.weights == "ema":
-        if checkpoints.missing_keys(content, {"ema": dict}):
+        if checkpoints.invalid_keys(content, {"ema": dict}):
             raise UserError(f"{args.checkpoint} holds no averaged weights: train with --ema")
         content["target"] = content["ema"]
     images, indices = load_test_images(args, content)

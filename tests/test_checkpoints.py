@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import checkpoints
-from checkpoints import bare_state_dict, claim_run_dir, load_weights, take_normalisation
+from checkpoints import bare_state_dict, claim_run_dir, load_weights, split_normalisation
 from cli import PARTIAL, UserError
 
 STATE = TinyNet().state_dict()
@@ -157,13 +157,17 @@ def test_a_normalisation_kept_with_the_weights_goes_in_front_of_the_network(name
     mean, std = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.2, 0.25, 0.3])
     prefix = "1." if "." in names[0] else ""
     content = {f"{prefix}{key}": value for key, value in net.state_dict().items()}
-    state, normalisation = take_normalisation(bare_state_dict({**content, names[0]: mean, names[1]: std.view(3, 1, 1)}))
+    state, normalisation = split_normalisation(
+        bare_state_dict({**content, names[0]: mean, names[1]: std.view(3, 1, 1)})
+    )
     load_weights(loaded, state)
     expected = net((x - mean.view(3, 1, 1)) / std.view(3, 1, 1))
     assert torch.allclose(loaded(normalisation(x)), expected, atol=1e-6)
     for name, value in (("mean", 127.0), ("mean", -0.1), ("mean", torch.nan), ("std", 64.0), ("std", 0.0)):
         bad = {**STATE, "mean": mean, "std": std, name: torch.full((3,), value)}
-        assert "the file's normalisation is not one of RGB images in [0, 1]: mean [" in message(take_normalisation, bad)
+        assert "the file's normalisation is not one of RGB images in [0, 1]: mean [" in message(
+            split_normalisation, bad
+        )
 
 
 def claim(run_dir):
