@@ -31,7 +31,8 @@ if Path("stop").exists() and Path("stop").read_text() in words:
 settings = {"method": "dynat", "data_dir": str(Path("images").resolve())}
 if "--out" in words:
     after("--out").mkdir(parents=True, exist_ok=True)
-    (after("--out") / "config.json").write_text(json.dumps(settings))
+    config = {"settings": settings, "images": {"test": 600}}
+    (after("--out") / "config.json").write_text(json.dumps(config))
     (after("--out") / "log.jsonl").write_text("")
     (after("--out") / "weights.pt").write_bytes(bytes(10 if "cnn" in words else 1_000_001))
 else:
@@ -74,15 +75,16 @@ def test_every_row_is_commands_that_a_person_could_type(plan, capsys):
             args = evaluate.parser().parse_args(line[2:])
             assert args.checkpoint.parent == args.json.parent == runs[-1] and args.resume
             assert args.checkpoint.name == "last.pt" or settings["val_images"]
-    assert len(set(runs)) == len(runs) == len(run.PLANS[plan][1])
+    assert len(set(runs)) == len(runs) == len(run.read_plan(plan)[2])
 
 
 def test_the_overfitting_rows_have_equal_settings():
-    commands = [run.row_commands("overfitting", flags, [], "run")["train"] for flags in run.PLANS["overfitting"][1]]
-    first, second, pgd_at = (settings_of(" ".join(words[2:])) for words in commands)
+    _, shared, rows = run.read_plan("overfitting")
+    commands = [run.row_commands("overfitting", shared.split(), row, "", "run") for row in rows.values()]
+    first, second, pgd_at = (settings_of(" ".join(row["train"][2:])) for row in commands)
     assert {name for name in first if first[name] != second[name]} == {"static_labels"}
     assert {name for name in pgd_at if first[name] != pgd_at[name]} == {"method"}
-    assert set(run.evaluations("overfitting", "--method pgd-at")) == {"last", "best"}
+    assert set(commands[-1]) == {"train", "last", "best"}
 
 
 def test_a_stopped_plan_goes_on_and_a_finished_one_runs_nothing(project):
@@ -93,7 +95,8 @@ def test_a_stopped_plan_goes_on_and_a_finished_one_runs_nothing(project):
     assert sorted(path.parent.name for path in folder.glob("kept/methods/*/last.json")) == ["dynat", "pgd-at"]
     assert not list(folder.glob("kept/methods/*/aa.*"))
     (folder / "stop").unlink()
-    assert exit_status(*words) == 0 and len(calls()) == 5 + 2 and "--attacks aa" in calls()[-1]
+    assert exit_status(*words) == 0 and len(calls()) == 5 + 2
+    assert "--attacks aa --images 600" in calls()[-1]  # as many as there are
     before = sorted(folder.rglob("*"))
     assert exit_status(*words) == 0 and len(calls()) == 7 and sorted(folder.rglob("*")) == before
     kept = folder / "kept" / "methods" / "pgd-at"
@@ -105,6 +108,9 @@ def test_a_stopped_plan_goes_on_and_a_finished_one_runs_nothing(project):
 
 
 def test_a_failed_or_busy_row_leaves_the_others_and_large_weights_are_not_kept(project, capsys):
+    (project[0] / "stop").write_text("aa")
+    assert exit_status("methods", "--rows", "pgd-at") == 1
+    assert "| DYNAT |" in (project[0] / "results" / "methods.md").read_text()  # what was measured before it failed
     (project[0] / "stop").write_text("dynat")
     assert exit_status("tiny", "--rows", "dynat") == 1
     kept = project[0] / "results" / "tiny"
@@ -114,6 +120,19 @@ def test_a_failed_or_busy_row_leaves_the_others_and_large_weights_are_not_kept(p
     err = capsys.readouterr().err
     assert "dynat: exit status 1 of python train_dynat.py" in err and "sat: another call is at work on it" in err
     assert (kept / "trades" / "last.json").exists() and not (kept / "trades" / "weights.pt").exists()
+
+
+def test_a_plan_may_be_a_text_file_and_its_attacks_may_be_typed(project, capsys):
+    folder, calls = project
+    plan = folder / "mine.txt"
+    plan.write_text("--method trades --epsilon 8/255\n\n--method pgd-at --seed 2\n")
+    assert exit_status(str(plan), "--attacks", "clean,pgd50", "--", "--guide", "cnn", "--target", "cnn") == 0
+    assert calls()[0].startswith("--target cnn --method trades --epsilon 8/255 --out ")
+    assert len(calls()) == 4 and "--attacks clean,pgd50 " in calls()[1]
+    assert (folder / "results" / "mine" / "pgd-at-seed-2" / "last.json").exists()
+    plan.write_text("--seed 1\n")
+    assert exit_status(str(plan)) == exit_status("other.txt") == exit_status("tiny", "--attacks", "pdg20") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3 and len(calls()) == 4
 
 
 def test_the_real_scripts_fill_a_row(tmp_path, monkeypatch):
