@@ -75,9 +75,12 @@ def linf_pgd(
     active      logits (B, C) to (B,) bool, called in each step: which images take it. None: all.
     noise       step number 0 .. steps - 1 to a tensor (B, 3, H, W) that is added to the step before the projection.
 
-    Returns x_adv (B, 3, H, W), detached. Every call makes `steps` steps and reads nothing back from the device.
+    Returns x_adv (B, 3, H, W), detached. Every call makes `steps` steps and reads nothing back from the device. Raises
+    RuntimeError under torch.inference_mode(), in which torch computes no gradient.
     Source: Madry et al. (2018). TRADES, LBGAT, AWP and DYNAT (trades.py, dynat.py) project in the same order.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("an attack needs gradients, which torch.inference_mode() rules out: use torch.no_grad()")
     low, high = x - epsilon, x + epsilon
     x_adv = start.detach()
     for k in range(steps):
@@ -135,7 +138,7 @@ def weight_perturbation(
     """Adversarial weight perturbation (AWP): w_l + gamma * |w_l| * g_l / |g_l| inside the `with`, for each layer l.
 
     model       in train mode. The weights of its convolutions and linear layers are perturbed, biases and BatchNorm
-                are not.
+                are not. A weight that needs no gradient, or gets none, stays as it is.
     objective   no argument to a scalar, a sum over the batch. g is its gradient. It runs the model, whose BatchNorm
                 statistics are put back afterwards.
     gamma       the size of the perturbation, relative to the norm of each weight tensor.
@@ -146,13 +149,19 @@ def weight_perturbation(
     gives it. Source: Wu et al. (2020), utils_awp.py.
     """
     weights = [p for name, p in model.named_parameters() if p.dim() > 1 and "weight" in name]
+    weights = [p for p in weights if p.requires_grad]
     statistics = [buffer.clone() for buffer in model.buffers()]
-    gradients = torch.autograd.grad(objective(), weights)
+    try:
+        gradients = torch.autograd.grad(objective(), weights, allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for buffer, before in zip(model.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+    weights = [w for w, g in zip(weights, gradients, strict=True) if g is not None]
+    gradients = [g for g in gradients if g is not None]
     if all_reduce is not None:
         gradients = all_reduce(*gradients)
     with torch.no_grad():
-        for buffer, before in zip(model.buffers(), statistics, strict=True):
-            buffer.copy_(before)
         pairs = zip(weights, gradients, strict=True)
         perturbation = [gamma * w.norm() / (g.norm() + 1e-20) * g for w, g in pairs]  # 0 where g = 0
         for w, v in zip(weights, perturbation, strict=True):

@@ -42,9 +42,13 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) = sum_c p_c (ln p_c - ln q_c), p and q the softmax of the logits. Logits (B, C); returns (B,).
 
     TRADES' "clean || adversarial" is `kl_divergence(clean_logits, adv_logits)`. Gradient flows into both arguments.
+    Logits in 16 bits, as a network under autocast gives them, become float32 first: at the start of an attack p and q
+    differ by less than bf16 can tell, and an attack without a gradient finds nothing. Float64 stays float64.
     Source: Zhang et al. (2019), trades.py.
     """
-    return F.kl_div(F.log_softmax(q_logits, 1), F.log_softmax(p_logits, 1), reduction="none", log_target=True).sum(1)
+    exact = torch.promote_types(p_logits.dtype, torch.float32)
+    log_p, log_q = F.log_softmax(p_logits.to(exact), 1), F.log_softmax(q_logits.to(exact), 1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
 def logit_mse(adv_logits: Tensor, guide_logits: Tensor) -> Tensor:

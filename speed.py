@@ -49,6 +49,7 @@ class Fast(nn.Module):
         super().__init__()
         self.model, self.bf16, self.compiled = model, bf16, compiled
         self.capture = compiled and next(model.parameters()).is_cuda
+        check_conv_bn(model)
         without_bn, self.folds = folded(model)
         self.networks = {"update": model, "attack": frozen(model).train(), "eval": without_bn}
         self.compiled_calls, self.first_shape = {}, None
@@ -102,6 +103,26 @@ def folded(model: nn.Module) -> tuple[nn.Module, list]:
                 twin.set_submodule(bn, nn.Identity())
                 folds.append((target, modules[conv], modules[bn]))
     return twin, folds
+
+
+@torch.no_grad()
+def check_conv_bn(model: nn.Module) -> None:
+    """Raises ValueError if folding the pairs of `conv_bn` changes the network: if a BatchNorm reads anything else than
+    its convolution's output, or that convolution has a bias. Compares a copy with random statistics on two images."""
+    twin = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in twin.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):  # a new one is the identity, whatever it reads
+            for values in (module.weight, module.bias, module.running_mean, module.running_var):
+                values.copy_(0.5 + torch.rand(len(values), generator=generator))
+    without_bn, folds = folded(twin)
+    if not folds or next(model.parameters()).is_meta:
+        return
+    fold(folds)
+    x = torch.rand(2, 3, 32, 32, generator=generator).to(next(model.parameters()))
+    expected, found = twin(x), without_bn(x)  # (2, C)
+    if (found - expected).abs().max() > 1e-2 * expected.abs().max():
+        raise ValueError(f"conv_bn of {type(model).__name__} names a BatchNorm that cannot be folded: see models.py")
 
 
 @torch.no_grad()

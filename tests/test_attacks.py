@@ -5,11 +5,12 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import TinyNet
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from attacks import eval_mode, gaussian_start, linf_pgd, margin, uniform_start
+from attacks import eval_mode, gaussian_start, linf_pgd, margin, uniform_start, weight_perturbation
 from losses import kl_divergence
 
 
@@ -160,3 +161,26 @@ def test_starts_depend_on_their_generator_alone(epsilon):
     assert (uniform >= 0).all() and (uniform <= 1).all() and ((uniform - x).abs() <= epsilon + 1e-12).all()
     inside = (x > epsilon) & (x < 1 - epsilon)
     assert (uniform - x)[inside].abs().max() > 0.8 * epsilon
+
+
+def test_inference_mode_is_named_where_an_attack_cannot_run():
+    x = torch.rand(2, 3, 8, 8)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="rules out"):
+        linf_pgd(TinyNet(), x, x, torch.sum, epsilon=0.1, step_size=0.1, steps=1)
+
+
+def test_awp_leaves_frozen_and_unused_weights_alone_and_puts_statistics_back_after_an_error():
+    net, x = TinyNet(), torch.rand(4, 3, 8, 8)
+    net.conv1.requires_grad_(False)
+    net.unused = torch.nn.Linear(2, 2)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with weight_perturbation(net, lambda: net(x).square().sum(), 0.1):
+        moved = [name for name, value in net.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved == ["conv2.weight", "linear.weight"]
+
+    def fails():
+        return net(x)[0, 99]
+
+    with pytest.raises(IndexError), weight_perturbation(net, fails, 0.1):
+        pass
+    assert torch.equal(net.bn1.running_mean, before["bn1.running_mean"])

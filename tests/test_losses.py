@@ -49,6 +49,16 @@ def test_kl_divergence_is_the_sum_over_classes_for_each_image(pairs):
     check_kl(pairs)
 
 
+def test_the_kl_of_bf16_logits_under_autocast_is_that_of_the_same_float32_logits():
+    p = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q = (p + 0.01 * torch.randn(64, 10, generator=torch.Generator().manual_seed(1))).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        kl = kl_divergence(p, q)
+    assert kl.dtype == torch.float32
+    torch.testing.assert_close(kl, kl_divergence(p.float(), q.float()))
+    assert kl_divergence(p.double(), q.double()).dtype == torch.float64
+
+
 def test_gradient_of_the_kl_flows_into_both_arguments():
     p, q = torch.tensor([[2.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 1.0]], requires_grad=True)
     kl_divergence(p, q).sum().backward()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import TinyNet, settings_of
+from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -209,3 +210,19 @@ def test_the_bf16_attack_reaches_the_accuracy_of_the_float32_attack(tmp_path):
         x_adv = linf_pgd(network, x, x, objective, epsilon=6 / 255, step_size=1 / 255, steps=10)
         accuracies.append((model(x_adv).argmax(1) == y).double().mean().item())
     assert 0.3 < accuracies[0] < 0.7 and accuracies[1] == pytest.approx(accuracies[0], abs=0.007)
+
+
+@pytest.mark.parametrize("wrong", ["the activation first", "a bias"])
+def test_a_wrong_conv_bn_is_refused_when_the_network_is_built(wrong):
+    class Wrong(TinyNet):
+        conv_bn = (("conv1", "bn1"),)
+
+        def forward(self, x):
+            hidden = self.bn1(F.relu(self.conv1(x))) if wrong == "the activation first" else self.bn1(self.conv1(x))
+            return self.linear(F.relu(self.bn2(self.conv2(hidden))).mean((2, 3)))
+
+    network = Wrong()
+    if wrong == "a bias":
+        network.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+    with pytest.raises(ValueError, match="conv_bn of Wrong names a BatchNorm that cannot be folded"):
+        Fast(network)
