@@ -5,6 +5,7 @@ A run's `last.pt` is a dict of tensors, numbers and strings: `target`, `guide` a
 such networks), `optimizer`, `epoch` (finished epochs), `log` (a dict per epoch), `settings` (every resolved flag),
 `classes` (names in label order), `images` (a checksum per split) and `config` (versions, commit and device as well).
 `log.jsonl`, `weights.pt` and `config.json` are written from it after it.
+Of this project it imports `cli` and `models`.
 """
 
 import fcntl

@@ -1,4 +1,7 @@
-"""What the command lines share: errors of one line, numbers, exact float32, atomic files, where a figure comes from."""
+"""What the command lines share: errors of one line, numbers, exact float32, atomic files, where a figure comes from.
+
+Of this project it imports nothing.
+"""
 
 import argparse
 import functools

@@ -2,6 +2,7 @@
 
 torch documents that DistributedDataParallel does not support `autograd.grad`, which attacks use. So gradients are
 all-reduced here, once per update, before `optimizer.step()`. In a single process nothing is exchanged.
+Of this project it imports `cli`.
 """
 
 import os

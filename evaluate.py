@@ -22,6 +22,8 @@ continues. With --json FILE.json the matrix is kept in FILE.npz.
 --protocol paper     as the release: AutoAttack with epsilon 0.031 on the first 1,000 test images, the rest as above
 """
 
+# Of this project it imports `checkpoints`, `cli`, `data`, `robustness` and `speed`.
+
 import json
 import math
 import os

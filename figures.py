@@ -12,6 +12,8 @@
 Every accuracy has its number of images and its 95 % interval (Wilson). Nothing is smoothed. Bars begin at zero.
 """
 
+# Of this project it imports `checkpoints`, `cli`, `data`, `evaluate` and `robustness`.
+
 import csv
 import json
 import sys

@@ -1,5 +1,7 @@
-"""What makes training faster. `Fast` is bf16, torch.compile and a captured attack around a network: a step calls it as
-it calls the network itself. Then there are TF32, the memory layout, and the moving average of the weights (EMA)."""
+"""What makes training faster. `FastNetwork` is bf16, torch.compile and a captured attack around a network: a step calls
+it as it calls the network itself. Then there are TF32, the memory layout, and the moving average of the weights (EMA).
+Of this project it imports nothing.
+"""
 
 import copy
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
         counter.copy_(value)
 
 
-class Fast(nn.Module):
+class FastNetwork(nn.Module):
     """model(x) up to rounding: in bf16, except for the classifier, if `bf16`; by torch.compile if `compiled`.
 
     Images (B, 3, H, W) in [0, 1] to logits (B, C) float32, or float64 if the model is. Parameters, buffers and modes

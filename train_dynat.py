@@ -10,6 +10,9 @@ One update is `dynat_step` below; the other methods' updates are in variants/, a
 the registry of methods, the training loop and the command line.
 """
 
+# Of this project it imports `attacks`, `checkpoints`, `cli`, `data`, `distributed`, `losses`, `models`, `robustness`,
+# `settings`, `speed` and `variants`.
+
 import copy
 import shlex
 import sys
@@ -31,7 +34,7 @@ from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
 from models import build_model
 from robustness import still_correct
 from settings import ATTACK, learning_rate, parse, resolve, resumed_settings, run_name
-from speed import Fast, memory_format, tf32, update_ema
+from speed import FastNetwork, memory_format, tf32, update_ema
 from variants import awp, fat, gairat, lbgat, mail, mart, pgd_at, sat, trades
 
 
@@ -183,7 +186,8 @@ def train(settings, run_dir, device, checkpoint=None):
     distributed.check_batch_size(count, settings["batch_size"])
     networks, optimizer = prepare_networks(settings, len(classes), device)
     gradients = distributed.GradientReducer(optimizer)
-    fast = {role: Fast(model, settings["precision"] == "bf16", settings["compile"]) for role, model in networks.items()}
+    bf16, compiled = settings["precision"] == "bf16", settings["compile"]
+    fast = {role: FastNetwork(model, bf16, compiled) for role, model in networks.items()}
     ema = copy.deepcopy(networks["target"]) if settings["ema"] else None
     models = dict(networks)
     if ema is not None:

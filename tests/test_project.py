@@ -7,10 +7,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 from cases import settings_of
 from conftest import ROOT
+from test_lifting import imported
 
 import evaluate
 import figures
@@ -79,6 +81,17 @@ def test_the_quick_start_on_a_few_images_ends_by_saying_what_to_run_next_and_tha
     assert (first, attack) == ("no GPU found: training on the CPU", ATTACK)
     assert figures.main(shlex.split(picture)[2:]) == 0
     assert evaluate.main(shlex.split(f"{attack} --images 20")[2:]) == 0
+
+
+def test_a_files_head_names_what_it_imports_of_the_project_and_no_imports_make_a_circle():
+    sources = {file.stem: file.read_text() for file in ROOT.glob("*.py")}
+    imports = {name: imported(source) & {*sources, "variants"} for name, source in sources.items()}
+    variants = [imported(file.read_text()) for file in ROOT.glob("variants/*.py")]
+    TopologicalSorter({**imports, "variants": set.union(*variants)}).prepare()  # raises a CycleError
+    for name, source in sources.items():
+        head = re.split(r"^(?:import|from) ", source, maxsplit=1, flags=re.MULTILINE)[0]
+        (said,) = re.findall(r"\bit imports (.*?)\.|needs nothing but torch", head, re.DOTALL | re.IGNORECASE)
+        assert set(re.findall(r"\w+", said)) & {*sources, "variants"} == imports[name], name
 
 
 class Recorder(dict):

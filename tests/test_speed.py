@@ -19,7 +19,7 @@ from attacks import linf_pgd
 from cli import numerics
 from models import build_model
 from settings import ATTACK
-from speed import Fast, memory_format, tf32, update_ema
+from speed import FastNetwork, memory_format, tf32, update_ema
 from train_dynat import METHODS, main
 
 X = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -29,7 +29,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.mark.parametrize("name", FOLDED)
 def test_logits_of_a_bf16_network_are_float32_with_more_than_bf16s_digits(name):
-    fast = Fast(build_model(name, 10), bf16=True).eval()
+    fast = FastNetwork(build_model(name, 10), bf16=True).eval()
     logits, exact = fast(X), fast.model(X)
     assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
     assert 0 < (logits - exact).abs().max() < 0.05 * exact.abs().max()
@@ -37,13 +37,13 @@ def test_logits_of_a_bf16_network_are_float32_with_more_than_bf16s_digits(name):
 
 def test_a_network_of_ones_own_has_float32_logits_in_bf16_and_float64_logits_in_float64():
     for training in (True, False):
-        assert Fast(TinyNet(), bf16=True).train(training)(X).dtype == torch.float32
-        assert Fast(TinyNet().double()).train(training)(X.double()).dtype == torch.float64
+        assert FastNetwork(TinyNet(), bf16=True).train(training)(X).dtype == torch.float32
+        assert FastNetwork(TinyNet().double()).train(training)(X.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", FOLDED)
 def test_the_attacks_network_equals_the_model_after_each_update_and_gives_it_no_gradients(name):
-    fast, x = Fast(build_model(name, 10).double()), X[:2, :, ::2, ::2].double()
+    fast, x = FastNetwork(build_model(name, 10).double()), X[:2, :, ::2, ::2].double()
     for _ in range(2):
         for value in fast.state_dict().values():
             value.uniform_(0.5, 1.5) if value.dim() == 1 else value.mul_(2)  # BatchNorm's are vectors
@@ -74,7 +74,8 @@ def update(method, wrap, x, count=2):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_step_makes_the_same_update_through_a_fast_network(method):
-    for fast, exact in zip(update(method, Fast, X.double()), update(method, lambda net: net, X.double()), strict=True):
+    updates = update(method, FastNetwork, X.double()), update(method, lambda net: net, X.double())
+    for fast, exact in zip(*updates, strict=True):
         torch.testing.assert_close(fast, exact, rtol=1e-9, atol=1e-9)
 
 
@@ -91,7 +92,7 @@ class OneDevice(TorchDispatchMode):
 def test_an_update_with_ema_neither_reads_from_the_device_nor_copies_to_it(method, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none on the meta device
     with torch.device("meta"), OneDevice():
-        update(method, Fast, torch.rand(8, 3, 32, 32), count=1)
+        update(method, FastNetwork, torch.rand(8, 3, 32, 32), count=1)
 
 
 def test_ema_equals_torchs_averaged_model_and_at_first_the_model_itself():
@@ -168,7 +169,7 @@ def test_an_attack_is_captured_for_the_first_shape_alone_and_its_logits_are_kept
         return replayed[-1]
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda call, sample: captured.append(call) or replay)
-    fast = Fast(build_model("cnn", 10), compiled=True).eval()
+    fast = FastNetwork(build_model("cnn", 10), compiled=True).eval()
     fast.capture = True
     for x in (X, X[:3], X):
         logits = fast(x.clone().requires_grad_())
@@ -180,7 +181,7 @@ def test_an_attack_is_captured_for_the_first_shape_alone_and_its_logits_are_kept
 @needs_gpu
 def test_on_a_gpu_a_compiled_and_captured_attack_agrees_with_the_exact_one():
     model, y = build_model("resnet18", 10).cuda(), torch.arange(8, device="cuda")
-    fast = Fast(model, compiled=True).eval()
+    fast = FastNetwork(model, compiled=True).eval()
     with numerics(deterministic=True):
         for x in (X.cuda(), X.cuda(), X[:5].cuda()):
             x.requires_grad_()
@@ -205,7 +206,7 @@ def test_the_bf16_attack_reaches_the_accuracy_of_the_float32_attack(tmp_path):
     model, images, accuracies = build_model("cnn", 10).eval(), data.load_images("tiny", "train"), []
     model.load_state_dict(torch.load(tmp_path / "a" / "weights.pt", weights_only=True))
     x, y = data.to_float(images.x[:300]), images.y[:300]
-    for network in (model, Fast(model, bf16=True).eval()):
+    for network in (model, FastNetwork(model, bf16=True).eval()):
         objective = lambda logits: F.cross_entropy(logits, y, reduction="sum")
         x_adv = linf_pgd(network, x, x, objective, epsilon=6 / 255, step_size=1 / 255, steps=10)
         accuracies.append((model(x_adv).argmax(1) == y).double().mean().item())
