@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torchvision.transforms import Normalize
 
-from cli import PARTIAL, UserError, atomic_write, first_line, write_text
+from cli import PARTIAL, UserError, atomic_write, check_file, first_line, write_text
 from models import build_model
 
 DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 that its forward never uses
@@ -67,10 +67,7 @@ def load_with_sha256(path):
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a checkpoint in it, such as {path / 'last.pt'}")
-    if not path.exists():
-        raise UserError(f"there is no file {path}")
-    if not path.is_file():  # a pipe or a device might never end
-        raise UserError(f"{path} is not a file")
+    check_file(path)
     content = path.read_bytes()
     beginning = content[:512].lstrip().lower()
     if not beginning:

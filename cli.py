@@ -28,11 +28,14 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Shows each flag's true default, if it has one that can be shown."""
 
     def _get_help_string(self, action):
-        default, text = action.default, action.help
-        hidden = default == argparse.SUPPRESS or isinstance(default, (bool, type(None)))
-        if not action.option_strings or "default" in text or hidden:
+        text, default = action.help, action.default
+        if not action.option_strings or "default" in text:
             return text
-        return f"{text} (default: {f'{default:.4g}' if isinstance(default, float) else default})".replace("%", "%%")
+        if default is None or isinstance(default, bool) or default == argparse.SUPPRESS:
+            return text
+        if isinstance(default, float):
+            default = f"{default:.4g}"
+        return f"{text} (default: {default})".replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,40 +66,76 @@ def exit_status(main):
     def wrapped(argv=None):
         if isinstance(argv, str):
             raise TypeError("main takes a list of words, such as ['--dataset', 'tiny']")
-        for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed by the shell, as 2>&- does
-                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is shown in escapes
-            sys.stdout.reconfigure(errors="backslashreplace")
+        if argv is None:
+            argv = sys.argv[1:]
+        open_closed_streams()
         speaks = not under_torchrun() or os.environ["RANK"] == "0"
+        status = 2
         try:
             with torch.random.fork_rng(devices=[]):  # a caller's random numbers stay as they would have been
-                main(sys.argv[1:] if argv is None else argv)
+                main(argv)
             sys.stdout.flush()
             return 0
         except BrokenPipeError as error:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python complains once more at its end)
-            kept = [] if error.errno else error.args  # a main may raise it again with what it has kept
-            line, status = ": ".join(["error: nobody reads standard output any more", *kept]), 2
-        except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-            where = "standard output: " if isinstance(error, OSError) and error.errno and not error.filename else ""
-            line, status = f"error: {where}{error}", 2
+            line = "error: nobody reads standard output any more"
+            if not error.errno:  # raised again by a main, which says what it has kept
+                line += f": {error}"
+        except UserError as error:
+            line = f"error: {error}"
+        except OSError as error:  # a full disk, a folder that cannot be written
+            line = f"error: {error}"
+            if error.errno and not error.filename:
+                line = f"error: standard output: {error}"
         except (MemoryError, RuntimeError) as error:
-            full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not full and "you tried to allocate" not in str(error):  # torch's words for the CPU's memory
+            if not is_out_of_memory(error):
                 raise
-            advice = "try a smaller --batch-size or, in training, --precision bf16"
-            line, status, speaks = f"error: out of memory ({first_line(error)}): {advice}", 2, True
+            line = f"error: out of memory ({first_line(error)}): "
+            line += "try a smaller --batch-size or, in training, --precision bf16"
+            speaks = True
         except KeyboardInterrupt as stop:
-            line, status = ": ".join(["interrupted", *stop.args]), 130
-        if speaks:  # names of files and weights may hold line breaks and a terminal's commands
-            try:
-                print("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
-            except BrokenPipeError:  # as in 2>&1 | head
-                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            line, status = "interrupted", 130
+            if stop.args:  # a main says what it has kept
+                line += f": {stop}"
+        if speaks:
+            print_error(line)
         return status
 
     return wrapped
+
+
+def open_closed_streams():
+    """After this, standard output and error can be written to: the shell may have closed them, as 2>&- does, and a
+    name that the terminal cannot show is shown in escapes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def is_out_of_memory(error):
+    """Whether torch or Python raised `error` because the memory of the GPU or of the machine is full."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "you tried to allocate" in str(error)  # torch's words for the CPU's memory
+
+
+def print_error(line):
+    """`line` on standard error. Names of files and weights may hold line breaks and a terminal's commands."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in line)
+    try:
+        print(printable, file=sys.stderr)
+    except BrokenPipeError:  # as in 2>&1 | head
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def check_file(path):
+    """Raises UserError unless there is a file at `path`. A pipe or a device might never end."""
+    if not path.exists():
+        raise UserError(f"there is no file {path}")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
 
 
 def parse_fraction(text):
@@ -121,7 +160,9 @@ def in_range(convert, low, high=math.inf):
             kind = "a whole number" if convert is int else "a number like 0.031 or 8/255"
             raise argparse.ArgumentTypeError(f"'{text}' is not {kind}") from None
         if not low <= value <= high:
-            limits = f"at least {low}" if high >= sys.maxsize and value < low else f"between {low} and {high}"
+            limits = f"between {low} and {high}"
+            if value < low and high >= sys.maxsize:
+                limits = f"at least {low}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
         return value
 
@@ -133,19 +174,22 @@ class Progress(tqdm):
 
     def __init__(self, total, done):
         super().__init__(total=total, initial=done, unit="img", unit_scale=True, disable=None, smoothing=0.05)
-        self.before, self.began, self.spoke = done, time.monotonic(), time.monotonic()
+        self.done_before = self.done = done  # images
+        self.began = self.spoke = time.monotonic()
 
     def advance(self, images, text):
         """So many more images are done; `text` says where we are."""
+        self.done += images
         self.set_description(text, refresh=False)
         self.update(images)
-        if self.disable:  # there is no terminal
-            self.n += images
-            now = time.monotonic()
-            if now - self.spoke > 60:
-                self.spoke = now
-                left = (now - self.began) * (self.total - self.n) / (self.n - self.before)
-                print(f"{text}: about {self.format_interval(left)} left", flush=True)
+        if not self.disable:  # there is a terminal
+            return
+        now = time.monotonic()
+        if now - self.spoke > 60:
+            self.spoke = now
+            per_image = (now - self.began) / (self.done - self.done_before)
+            left = per_image * (self.total - self.done)
+            print(f"{text}: about {self.format_interval(left)} left", flush=True)
 
     def write(self, line):
         """Prints a line above the bar, at once."""
