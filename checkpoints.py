@@ -51,8 +51,9 @@ def save(path, content):
     try:
         with atomic_write(path) as partial, open(partial, "wb") as file:  # a name would be stored in the file
             torch.save(content, file)
-    except RuntimeError as error:  # torch reports a full disk so
-        raise UserError(f"cannot write {path}: {first_line(error)}") from None
+    except RuntimeError as error:  # torch reports a full disk so, in words of its own: "unexpected pos"
+        reason = getattr(error.__context__, "strerror", None)  # the system's words
+        raise UserError(f"cannot write {path}: {reason or first_line(error)}") from None
 
 
 def load(path):

@@ -5,12 +5,15 @@ import functools
 import io
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torchvision
@@ -22,6 +25,10 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 class UserError(Exception):
     """A person's mistake: the message says in one line what is wrong and how to mend it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which clusters end a program: whoever catches Ctrl-C catches it as well."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -58,21 +65,73 @@ def under_torchrun():
     return all(name in os.environ for name in TORCHRUN)
 
 
+def prints():
+    """Whether this process prints: it is the only one, or rank 0 under torchrun."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def sigterm_raises():
+    """Inside the `with`, the first SIGTERM raises Terminated, later ones are ignored. Ranks that do not print die of it
+    at once, so that rank 0 waits for none. Nothing changes in a thread, or where somebody else has a handler."""
+    in_thread = threading.current_thread() is not threading.main_thread()
+    if in_thread or not prints() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    own_pid = os.getpid()
+
+    def handle(*_):
+        if os.getpid() != own_pid:  # a worker, which inherited this function
+            os._exit(143)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def clean_torch():
+    """Inside the `with`, nothing depends on the default device, half precision, autocast, gradients and way to load that
+    a caller or a start-up file has chosen in torch. The caller's random numbers stay as they would have been."""
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    with ExitStack() as stack:
+        for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+            if name in os.environ:  # with both, torch.load refuses every file
+                stack.callback(os.environ.__setitem__, name, os.environ.pop(name))
+        if device.type != "cpu":
+            stack.callback(torch.set_default_device, device)
+            torch.set_default_device(None)
+        if dtype.itemsize < 4:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield
+
+
 def exit_status(main):
-    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C. Under
-    torchrun, rank 0 prints the line; every rank prints its own lack of memory."""
+    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C, 143
+    after SIGTERM. Under torchrun, rank 0 prints the line; every rank prints its own lack of memory."""
 
     @functools.wraps(main)
+    @sigterm_raises()
     def wrapped(argv=None):
         if isinstance(argv, str):
             raise TypeError("main takes a list of words, such as ['--dataset', 'tiny']")
         if argv is None:
             argv = sys.argv[1:]
         open_closed_streams()
-        speaks = not under_torchrun() or os.environ["RANK"] == "0"
+        speaks = prints()
         status = 2
         try:
-            with torch.random.fork_rng(devices=[]):  # a caller's random numbers stay as they would have been
+            with clean_torch():
                 main(argv)
             sys.stdout.flush()
             return 0
@@ -94,7 +153,7 @@ def exit_status(main):
             line += "try a smaller --batch-size or, in training, --precision bf16"
             speaks = True
         except KeyboardInterrupt as stop:
-            line, status = "interrupted", 130
+            line, status = "interrupted", 143 if isinstance(stop, Terminated) else 130
             if stop.args:  # a main says what it has kept
                 line += f": {stop}"
         if speaks:
@@ -136,6 +195,11 @@ def check_file(path):
         raise UserError(f"there is no file {path}")
     if not path.is_file():
         raise UserError(f"{path} is not a file")
+
+
+def home_path(text):
+    """An argparse type: a path; ~ at its beginning is the person's home, also where no shell expands it."""
+    return Path(os.path.expanduser(text))
 
 
 def parse_fraction(text):
@@ -204,8 +268,8 @@ def pick_device(name=None):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device '{name}' cannot be used here: {first_line(error)}") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device '{name}' cannot be used here: {shorten(first_line(error), 120)}") from None
     return device
 
 
@@ -220,6 +284,8 @@ def numerics(*, deterministic, benchmark=False):
     switches = [
         (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
         (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
+        (torch.backends.mkldnn.conv, "fp32_precision", "ieee"),
         (torch.backends.cudnn, "deterministic", not benchmark),
         (torch.backends.cudnn, "benchmark", benchmark),
         (torch.utils.deterministic, "fill_uninitialized_memory", False),  # finds bugs, but writes all memory twice
@@ -249,14 +315,22 @@ def provenance(device):
 
 
 def _git(*arguments):
+    """What git says of this project's own repository; None if it has none, or if git fails, of which a note tells."""
     here = Path(__file__).resolve().parent
-    if not (here / ".git").exists():  # only this project's own repository counts, not one it was copied into
+    if not (here / ".git").exists():
         return None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_CEILING_DIRECTORIES"] = str(here.parent)  # not a repository that this folder was copied into
+    options = {"cwd": here, "env": environment, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
     try:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        done = subprocess.run(["git", *arguments], timeout=10, **options)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        reason = first_line(done.stderr)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = first_line(error)
+    print(f"note: the commit of this program is unknown, since git failed: {reason}", file=sys.stderr)
+    return None
 
 
 @contextmanager

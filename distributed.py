@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 import torch
 import torch.distributed as dist
 
-from cli import UserError, pick_device, under_torchrun
+from cli import TORCHRUN, UserError, pick_device, under_torchrun
 
 
 @contextmanager
@@ -18,6 +18,7 @@ def process_group(name):
     """This process's device; without a `name` a GPU if there is one. Under torchrun the ranks are connected inside the
     `with` (gloo between CPUs, NCCL between GPUs), and only rank 0 prints. Raises UserError if `name` cannot be used."""
     if not under_torchrun():
+        check_launcher()
         yield pick_device(name)
         return
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,6 +38,15 @@ def process_group(name):
             stack.enter_context(redirect_stdout(devnull))
             stack.enter_context(redirect_stderr(devnull))
         yield device
+
+
+def check_launcher():
+    """Raises UserError if somebody has set WORLD_SIZE for several processes, but not all that torchrun sets: each of
+    them would train alone."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing and processes.isdecimal() and int(processes) > 1:
+        raise UserError(f"WORLD_SIZE is {processes}, but there is no {', '.join(missing)}: start it with torchrun")
 
 
 def rank():
