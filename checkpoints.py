@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torchvision.transforms import Normalize
 
-from cli import PARTIAL, UserError, atomic_write, first_line, write_text
+from cli import PARTIAL, UserError, atomic_write, check_file, first_line, write_text
 from models import build_model
 
 DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 that its forward never uses
@@ -52,8 +52,9 @@ def save(path, content):
     try:
         with atomic_write(path) as partial, open(partial, "wb") as file:  # a name would be stored in the file
             torch.save(content, file)
-    except RuntimeError as error:  # torch reports a full disk so
-        raise UserError(f"cannot write {path}: {first_line(error)}") from None
+    except RuntimeError as error:  # torch reports a full disk so, in words of its own: "unexpected pos"
+        reason = getattr(error.__context__, "strerror", None)  # the system's words
+        raise UserError(f"cannot write {path}: {reason or first_line(error)}") from None
 
 
 def load(path):
@@ -68,10 +69,7 @@ def load_with_sha256(path):
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a checkpoint in it, such as {path / 'last.pt'}")
-    if not path.exists():
-        raise UserError(f"there is no file {path}")
-    if not path.is_file():  # a pipe or a device might never end
-        raise UserError(f"{path} is not a file")
+    check_file(path)
     content = path.read_bytes()
     beginning = content[:512].lstrip().lower()
     if not beginning:

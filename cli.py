@@ -8,12 +8,15 @@ import functools
 import io
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torchvision
@@ -27,15 +30,22 @@ class UserError(Exception):
     """A person's mistake: the message says in one line what is wrong and how to mend it."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which clusters end a program: whoever catches Ctrl-C catches it as well."""
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Shows each flag's true default, if it has one that can be shown."""
 
     def _get_help_string(self, action):
-        default, text = action.default, action.help
-        hidden = default == argparse.SUPPRESS or isinstance(default, (bool, type(None)))
-        if not action.option_strings or "default" in text or hidden:
+        text, default = action.help, action.default
+        if not action.option_strings or "default" in text:
             return text
-        return f"{text} (default: {f'{default:.4g}' if isinstance(default, float) else default})".replace("%", "%%")
+        if default is None or isinstance(default, bool) or default == argparse.SUPPRESS:
+            return text
+        if isinstance(default, float):
+            default = f"{default:.4g}"
+        return f"{text} (default: {default})".replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,48 +68,141 @@ def under_torchrun():
     return all(name in os.environ for name in TORCHRUN)
 
 
+def prints():
+    """Whether this process prints: it is the only one, or rank 0 under torchrun."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def sigterm_raises():
+    """Inside the `with`, the first SIGTERM raises Terminated, later ones are ignored. Ranks that do not print die of it
+    at once, so that rank 0 waits for none. Nothing changes in a thread, or where somebody else has a handler."""
+    in_thread = threading.current_thread() is not threading.main_thread()
+    if in_thread or not prints() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    own_pid = os.getpid()
+
+    def handle(*_):
+        if os.getpid() != own_pid:  # a worker, which inherited this function
+            os._exit(143)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def clean_torch():
+    """Inside the `with`, nothing depends on the default device, half precision, autocast, gradients and way to load that
+    a caller or a start-up file has chosen in torch. The caller's random numbers stay as they would have been."""
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    with ExitStack() as stack:
+        for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+            if name in os.environ:  # with both, torch.load refuses every file
+                stack.callback(os.environ.__setitem__, name, os.environ.pop(name))
+        if device.type != "cpu":
+            stack.callback(torch.set_default_device, device)
+            torch.set_default_device(None)
+        if dtype.itemsize < 4:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield
+
+
 def exit_status(main):
-    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C. Under
-    torchrun, rank 0 prints the line; every rank prints its own lack of memory."""
+    """Makes `main(argv)` return an exit status: 0, 2 after one line about a person's mistake, 130 after Ctrl-C, 143
+    after SIGTERM. Under torchrun, rank 0 prints the line; every rank prints its own lack of memory."""
 
     @functools.wraps(main)
+    @sigterm_raises()
     def wrapped(argv=None):
         if isinstance(argv, str):
             raise TypeError("main takes a list of words, such as ['--dataset', 'tiny']")
-        for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed by the shell, as 2>&- does
-                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is shown in escapes
-            sys.stdout.reconfigure(errors="backslashreplace")
-        speaks = not under_torchrun() or os.environ["RANK"] == "0"
+        if argv is None:
+            argv = sys.argv[1:]
+        open_closed_streams()
+        speaks = prints()
+        status = 2
         try:
-            with torch.random.fork_rng(devices=[]):  # a caller's random numbers stay as they would have been
-                main(sys.argv[1:] if argv is None else argv)
+            with clean_torch():
+                main(argv)
             sys.stdout.flush()
             return 0
         except BrokenPipeError as error:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python complains once more at its end)
-            kept = [] if error.errno else error.args  # a main may raise it again with what it has kept
-            line, status = ": ".join(["error: nobody reads standard output any more", *kept]), 2
-        except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-            where = "standard output: " if isinstance(error, OSError) and error.errno and not error.filename else ""
-            line, status = f"error: {where}{error}", 2
+            line = "error: nobody reads standard output any more"
+            if not error.errno:  # raised again by a main, which says what it has kept
+                line += f": {error}"
+        except UserError as error:
+            line = f"error: {error}"
+        except OSError as error:  # a full disk, a folder that cannot be written
+            line = f"error: {error}"
+            if error.errno and not error.filename:
+                line = f"error: standard output: {error}"
         except (MemoryError, RuntimeError) as error:
-            full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not full and "you tried to allocate" not in str(error):  # torch's words for the CPU's memory
+            if not is_out_of_memory(error):
                 raise
-            advice = "try a smaller --batch-size or, in training, --precision bf16"
-            line, status, speaks = f"error: out of memory ({first_line(error)}): {advice}", 2, True
+            line = f"error: out of memory ({first_line(error)}): "
+            line += "try a smaller --batch-size or, in training, --precision bf16"
+            speaks = True
         except KeyboardInterrupt as stop:
-            line, status = ": ".join(["interrupted", *stop.args]), 130
-        if speaks:  # names of files and weights may hold line breaks and a terminal's commands
-            try:
-                print("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
-            except BrokenPipeError:  # as in 2>&1 | head
-                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            line, status = "interrupted", 143 if isinstance(stop, Terminated) else 130
+            if stop.args:  # a main says what it has kept
+                line += f": {stop}"
+        if speaks:
+            print_error(line)
         return status
 
     return wrapped
+
+
+def open_closed_streams():
+    """After this, standard output and error can be written to: the shell may have closed them, as 2>&- does, and a
+    name that the terminal cannot show is shown in escapes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def is_out_of_memory(error):
+    """Whether torch or Python raised `error` because the memory of the GPU or of the machine is full."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "you tried to allocate" in str(error)  # torch's words for the CPU's memory
+
+
+def print_error(line):
+    """`line` on standard error. Names of files and weights may hold line breaks and a terminal's commands."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in line)
+    try:
+        print(printable, file=sys.stderr)
+    except BrokenPipeError:  # as in 2>&1 | head
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def check_file(path):
+    """Raises UserError unless there is a file at `path`. A pipe or a device might never end."""
+    if not path.exists():
+        raise UserError(f"there is no file {path}")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+
+
+def home_path(text):
+    """An argparse type: a path; ~ at its beginning is the person's home, also where no shell expands it."""
+    return Path(os.path.expanduser(text))
 
 
 def parse_fraction(text):
@@ -124,7 +227,9 @@ def in_range(convert, low, high=math.inf):
             kind = "a whole number" if convert is int else "a number like 0.031 or 8/255"
             raise argparse.ArgumentTypeError(f"'{text}' is not {kind}") from None
         if not low <= value <= high:
-            limits = f"at least {low}" if high >= sys.maxsize and value < low else f"between {low} and {high}"
+            limits = f"between {low} and {high}"
+            if value < low and high >= sys.maxsize:
+                limits = f"at least {low}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
         return value
 
@@ -136,19 +241,22 @@ class Progress(tqdm):
 
     def __init__(self, total, done):
         super().__init__(total=total, initial=done, unit="img", unit_scale=True, disable=None, smoothing=0.05)
-        self.before, self.began, self.spoke = done, time.monotonic(), time.monotonic()
+        self.done_before = self.done = done  # images
+        self.began = self.spoke = time.monotonic()
 
     def advance(self, images, text):
         """So many more images are done; `text` says where we are."""
+        self.done += images
         self.set_description(text, refresh=False)
         self.update(images)
-        if self.disable:  # there is no terminal
-            self.n += images
-            now = time.monotonic()
-            if now - self.spoke > 60:
-                self.spoke = now
-                left = (now - self.began) * (self.total - self.n) / (self.n - self.before)
-                print(f"{text}: about {self.format_interval(left)} left", flush=True)
+        if not self.disable:  # there is a terminal
+            return
+        now = time.monotonic()
+        if now - self.spoke > 60:
+            self.spoke = now
+            per_image = (now - self.began) / (self.done - self.done_before)
+            left = per_image * (self.total - self.done)
+            print(f"{text}: about {self.format_interval(left)} left", flush=True)
 
     def write(self, line):
         """Prints a line above the bar, at once."""
@@ -163,8 +271,8 @@ def pick_device(name=None):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device '{name}' cannot be used here: {first_line(error)}") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device '{name}' cannot be used here: {shorten(first_line(error), 120)}") from None
     return device
 
 
@@ -179,6 +287,8 @@ def numerics(*, deterministic, benchmark=False):
     switches = [
         (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
         (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
+        (torch.backends.mkldnn.conv, "fp32_precision", "ieee"),
         (torch.backends.cudnn, "deterministic", not benchmark),
         (torch.backends.cudnn, "benchmark", benchmark),
         (torch.utils.deterministic, "fill_uninitialized_memory", False),  # finds bugs, but writes all memory twice
@@ -208,14 +318,22 @@ def provenance(device):
 
 
 def _git(*arguments):
+    """What git says of this project's own repository; None if it has none, or if git fails, of which a note tells."""
     here = Path(__file__).resolve().parent
-    if not (here / ".git").exists():  # only this project's own repository counts, not one it was copied into
+    if not (here / ".git").exists():
         return None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_CEILING_DIRECTORIES"] = str(here.parent)  # not a repository that this folder was copied into
+    options = {"cwd": here, "env": environment, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
     try:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        done = subprocess.run(["git", *arguments], timeout=10, **options)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        reason = first_line(done.stderr)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = first_line(error)
+    print(f"note: the commit of this program is unknown, since git failed: {reason}", file=sys.stderr)
+    return None
 
 
 @contextmanager

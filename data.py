@@ -22,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import checkpoints
-from cli import UserError, first_line
+from cli import UserError, check_file, first_line
 
 DATASETS = ("cifar10", "cifar100", "folder", "tiny")
 SIDE = 32  # pixels
@@ -209,8 +209,7 @@ def _find_images(root, classes):
         labels += [label] * len(images)
         skipped += len(entries) - len(images)
     for file in files:
-        if not file.is_file():  # a folder, a broken link, or a pipe, which might never end
-            raise UserError(f"{file} is not a file: mend or remove it")
+        check_file(file)
     if skipped:
         print(f"note: {skipped} entries below {root} are not images that Pillow reads: skipped", file=sys.stderr)
     return files, labels

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 import torch
 import torch.distributed as dist
 
-from cli import UserError, pick_device, under_torchrun
+from cli import TORCHRUN, UserError, pick_device, under_torchrun
 
 
 @contextmanager
@@ -19,6 +19,7 @@ def process_group(name):
     """This process's device; without a `name` a GPU if there is one. Under torchrun the ranks are connected inside the
     `with` (gloo between CPUs, NCCL between GPUs), and only rank 0 prints. Raises UserError if `name` cannot be used."""
     if not under_torchrun():
+        check_launcher()
         yield pick_device(name)
         return
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,6 +39,15 @@ def process_group(name):
             stack.enter_context(redirect_stdout(devnull))
             stack.enter_context(redirect_stderr(devnull))
         yield device
+
+
+def check_launcher():
+    """Raises UserError if somebody has set WORLD_SIZE for several processes, but not all that torchrun sets: each of
+    them would train alone."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing and processes.isdecimal() and int(processes) > 1:
+        raise UserError(f"WORLD_SIZE is {processes}, but there is no {', '.join(missing)}: start it with torchrun")
 
 
 def rank():
@@ -72,27 +82,29 @@ def all_reduce(*tensors):
     return [part.view(tensor.shape) for part, tensor in zip(flat.split(sizes), tensors, strict=True)]
 
 
-def on_every_rank(function, turn=True):
-    """`function()` on the ranks whose `turn` it is, else None. All raise the mistake of any, so none waits in vain."""
+def on_every_rank(function):
+    """`function()`. If it fails on one rank, all raise its error: no rank waits for one that has ended."""
     if world_size() == 1:
         return function()
-    result, mistake = None, None
+    result, error = None, None
     try:
-        result = function() if turn else None
-    except (UserError, OSError) as error:
-        mistake = str(error)
-    mistakes = [None] * world_size()
-    dist.all_gather_object(mistakes, mistake)
-    for mistake in filter(None, mistakes):
-        raise UserError(mistake)
+        result = function()
+    except (UserError, OSError) as raised:
+        error = str(raised)
+    errors = [None] * world_size()
+    dist.all_gather_object(errors, error)
+    for error in errors:
+        if error is not None:
+            raise UserError(error)
     return result
 
 
 def run_on_rank0(function, *args):
-    """`function(*args)` on rank 0 alone; its result, or its mistake, on all ranks."""
-    result = [on_every_rank(lambda: function(*args), turn=rank() == 0)]
-    if world_size() > 1:
-        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    """`function(*args)` on rank 0 alone; its result, or its error, on all ranks."""
+    if world_size() == 1:
+        return function(*args)
+    result = [on_every_rank(lambda: function(*args) if rank() == 0 else None)]
+    dist.broadcast_object_list(result, device=torch.device("cpu"))
     return result[0]
 
 
@@ -105,12 +117,14 @@ def on_rank0(context):
 
 def first_rank_first(function):
     """`function()` on every rank, on each machine's first rank before the others, which then find its downloads."""
-    if world_size() == 1:
-        return function()
-    first = os.environ["LOCAL_RANK"] == "0"
-    result = on_every_rank(function, turn=first)
-    others = on_every_rank(function, turn=not first)
-    return result if first else others
+    nothing = lambda: None
+    if world_size() == 1 or os.environ["LOCAL_RANK"] == "0":
+        result = on_every_rank(function)
+        on_every_rank(nothing)  # the others' turn
+    else:
+        on_every_rank(nothing)
+        result = on_every_rank(function)
+    return result
 
 
 class GradientReducer:

@@ -137,8 +137,8 @@ def open_progress(path, report, chains, parts, resume):
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
 
-    if path.exists() and not path.is_file():  # a pipe might never end
-        raise UserError(f"{path} is not a file")
+    if path.exists():
+        cli.check_file(path)
     if resume and not path.exists():
         print(f"note: there is no {path} to continue from: starting the evaluation")
     path.touch()

@@ -26,7 +26,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from checkpoints import load_network, load_trained
-from cli import Parser, UserError, atomic_write, exit_status, in_range, parse_fraction, write_text
+from cli import Parser, UserError, atomic_write, check_file, exit_status, in_range, parse_fraction, write_text
 from data import DATASETS, to_float
 from evaluate import ALL, load_test_images, wilson
 from robustness import attack_batch
@@ -71,8 +71,7 @@ def method_name(settings, otherwise):
 
 def read(path):
     """What is in the file `path`. Raises UserError if there is none."""
-    if not path.is_file():  # a pipe would never end
-        raise UserError(f"there is no file {path}")
+    check_file(path)
     return path.read_bytes()
 
 

@@ -25,8 +25,11 @@ class Classifier(nn.Linear):
     more than the 8 significant bits of bf16."""
 
     def forward(self, features: Tensor) -> Tensor:
+        features = features.to(self.weight.dtype)
+        if features.is_meta:  # shapes alone: torch.autocast does not know this device
+            return F.linear(features, self.weight, self.bias)
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+            return F.linear(features, self.weight, self.bias)
 
 
 class BasicBlock(nn.Module):

@@ -1,21 +1,20 @@
-"""How long an update takes, where the time goes, and its memory, beside an update of the method's release.
+"""How long an update takes and how much memory, beside an update of the method's release.
 
     python benchmarks/step.py --target resnet18 --method dynat-inner --json step.json
     for n in 1 5 10 20; do python benchmarks/step.py --target wrn10-2 --guide cnn --steps $n; done
 
-Takes the flags of train_dynat.py that change an update. Ours is `train()` itself; after each of its epochs the release
-(release.py) makes one, in float32 and NCHW. Weights are perturbed and instances weighted from the first epoch on.
+Takes the flags of train_dynat.py that change an update. It times the method's step alone, on batches that are drawn
+before; the release (release.py) gets the same batches, in float32 and NCHW. Weights are perturbed and instances
+weighted from the first update on.
 """
 
 import copy
 import gc
-import io
 import json
 import os
 import shlex
 import sys
-import tempfile
-from contextlib import redirect_stdout
+import time
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -26,54 +25,86 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 import models
 import train_dynat
+from attacks import gaussian_start, uniform_start
 from benchmarks import release
 from cli import Parser, UserError, exit_status, in_range, numerics, pick_device, provenance, write_text
-from data import class_balanced_subset, load_images, to_float
-from speed import tf32
+from data import class_balanced_subset, load_images, train_batches
+from distributed import all_reduce
+from settings import ATTACK, parse, resolve
+from speed import Fast, memory_format, tf32
 
 
-def train(settings, images, steps):
-    """The log of train_dynat.train() on `images`, with another step in each epoch. It measures and saves nothing."""
-    method, rest = train_dynat.METHODS[settings["method"]], iter(steps)
-
-    def measure(*_):
-        method["step"] = next(rest, None)
-        return {}
-
-    with (
-        tempfile.TemporaryDirectory() as run_dir,
-        redirect_stdout(io.StringIO()),
-        mock.patch.dict(method, step=next(rest)),
-        mock.patch.object(train_dynat, "prepare_images", lambda *_: {"train": images}),
-        mock.patch.object(train_dynat, "measure", measure),
-        mock.patch.object(train_dynat.checkpoints, "save_run"),
-    ):
-        return train_dynat.train({**settings, "epochs": len(steps), "eval_every": 1}, Path(run_dir), images.x.device)
+def draw_batches(settings, images):
+    """The batches of the first epoch as the training loop draws them: (x, y, where the attack begins)."""
+    layout = memory_format(images.x.device, settings["precision"])
+    gaussian = train_dynat.METHODS[settings["method"]]["start"] == "gaussian"
+    batches = []
+    for x, y, generator in train_batches(images, settings["batch_size"], settings["seed"], 1, layout):
+        start = gaussian_start(x, generator) if gaussian else uniform_start(x, settings["epsilon"], generator)
+        batches.append((x, y, start))
+    return batches
 
 
-def release_step(settings, images):
-    """The release's update of networks and an optimizer of its own, with the arguments of the project's step."""
-    networks, optimizer = train_dynat.prepare_networks(settings, len(images.classes), images.x.device)
+def step_settings(settings):
+    """The settings that a method's step takes."""
+    names = [*ATTACK, *train_dynat.METHODS[settings["method"]]["step_settings"]]
+    return {name: settings[name] for name in names}
+
+
+def our_update(settings, networks, optimizer):
+    """This project's update of `networks`, a function of x, y and start."""
+    method = train_dynat.METHODS[settings["method"]]
+    arguments = step_settings(settings)
+    bf16 = settings["precision"] == "bf16"
+    fast = {role: Fast(model, bf16, settings["compile"]) for role, model in networks.items()}
+
+    def update(x, y, start):
+        from_loop = {"epoch": 1, "all_reduce": all_reduce, "noise": lambda k: torch.randn_like(x)}
+        for name in method.get("needs", ()):
+            arguments[name] = from_loop[name]
+        with tf32(settings["precision"] == "tf32"):
+            method["step"](**fast, optimizer=optimizer, x=x, y=y, start=start, **arguments)
+
+    return update
+
+
+def release_update(settings, networks, optimizer):
+    """The release's update of `networks`, a function of x, y and start."""
     for model in networks.values():
         model.to(memory_format=torch.contiguous_format)
     if "awp" in settings["method"]:
-        networks["proxy"] = copy.deepcopy(networks["target"])
-    names = {*train_dynat.ATTACK, *train_dynat.METHODS[settings["method"]]["step_settings"]}
-    chosen = {name: settings[name] for name in names - {"static_labels", "awp_start"}}
+        networks = {**networks, "proxy": copy.deepcopy(networks["target"])}
+    arguments = step_settings(settings)
+    for name in ("static_labels", "awp_start"):
+        arguments.pop(name, None)
     # The releases' ResNets activate into new memory, their WRN in place.
     relu = F.relu if settings["target"].startswith("resnet") else models.relu
 
-    def step(x, y, start, **_):
+    def update(x, y, start):
         batch = {"x": x.contiguous(), "y": y, "start": start.contiguous()}
         with tf32(False), mock.patch.object(models, "relu", relu):
-            release.RELEASES[settings["method"]](**networks, optimizer=optimizer, **batch, **chosen)
-        return None, {"loss": torch.zeros((), device=x.device)}
+            release.RELEASES[settings["method"]](**networks, optimizer=optimizer, **batch, **arguments)
 
-    return step
+    return update
+
+
+def new_update(side, settings, images):
+    """The update of "ours" or of the "release", with networks and an optimizer of its own."""
+    make = {"ours": our_update, "release": release_update}[side]
+    return make(settings, *train_dynat.prepare_networks(settings, len(images.classes), images.x.device))
+
+
+def run_all(update, batches):
+    """Makes an update with each batch. Returns the seconds per update."""
+    began = time.perf_counter()
+    for batch in batches:
+        update(*batch)
+    torch.get_device_module(batches[0][0].device).synchronize()
+    return (time.perf_counter() - began) / len(batches)
 
 
 def peak_bytes(run, device):
@@ -92,53 +123,29 @@ def peak_bytes(run, device):
 
 def compare(settings, images, repeats):
     """The figures of ours and, if it is written down, of the release. They are timed in turn, after a warm-up."""
-    device, updates = images.x.device, len(images.y) / settings["batch_size"]
-    batch = images.select(slice(settings["batch_size"]))
-    x, steps = to_float(batch.x), [train_dynat.METHODS[settings["method"]]["step"]]
-    # Two updates from nothing: in the second one the momentum is there.
-    two_updates = {"ours": lambda: train(settings, batch, steps[:1] * 2)}
+    device = images.x.device
+    sides = ["ours"]
     if settings["method"] in release.RELEASES and not settings.get("static_labels"):
-        steps.append(release_step(settings, images))
-        two_updates["release"] = lambda: [step(x, batch.y, x) for step in [release_step(settings, images)] * 2]
-    log = train(settings, images, steps * (repeats + 1))[len(steps) :]
+        sides.append("release")
+    batches = draw_batches(settings, images)
+    updates = {side: new_update(side, settings, images) for side in sides}
+    seconds = {side: [] for side in sides}
+    for repeat in range(repeats + 1):
+        for side in sides:
+            measured = run_all(updates[side], batches)
+            if repeat > 0:  # the first is the warm-up
+                seconds[side].append(measured)
     found = {}
-    for i, (side, run) in enumerate(two_updates.items()):
-        seconds = [row["seconds"] / updates for row in log[i :: len(steps)]]
-        peak = peak_bytes(run, device)
-        found[side] = {"seconds_per_update": median(seconds), "seconds_per_update_all": seconds, "peak_bytes": peak}
-        print(f"{side:8} {median(seconds):.4f} s/update  peak {peak / 2**20:.0f} MiB")
-    if "release" in found:
-        ratios = [theirs["seconds"] / ours["seconds"] for ours, theirs in zip(log[::2], log[1::2], strict=True)]
-        found |= {"speedup": median(ratios), "speedup_all": ratios}
+    for side in sides:
+        # Two updates from nothing: in the second one the momentum is there.
+        peak = peak_bytes(lambda side=side: run_all(new_update(side, settings, images), batches[:1] * 2), device)
+        middle = median(seconds[side])
+        found[side] = {"seconds_per_update": middle, "seconds_per_update_all": seconds[side], "peak_bytes": peak}
+        print(f"{side:8} {middle:.4f} s/update  peak {peak / 2**20:.0f} MiB")
+    if "release" in sides:
+        ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["release"], strict=True)]
+        found.update(speedup=median(ratios), speedup_all=ratios)
         print(f"speed-up {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    return found
-
-
-def parts(settings, images):
-    """Our seconds per update: all PGD steps, the guide's forward, the rest of the step, and the rest of the loop, which
-    is above all the batches. A GPU is waited for after each, so their sum may exceed an update's time."""
-    step = train_dynat.METHODS[settings["method"]]["step"]
-    attacks = {name: step.__globals__[name] for name in ("linf_pgd", "counting_pgd") if name in step.__globals__}
-
-    class Part(record_function):
-        def __exit__(self, *error):
-            torch.get_device_module(images.x.device).synchronize()
-            super().__exit__(*error)
-
-    def recorded_step(**arguments):
-        if "guide" in arguments:
-            arguments["guide"] = Part("guide")(arguments["guide"])
-        recorded = {name: Part("attack")(attack) for name, attack in attacks.items()}
-        with mock.patch.dict(step.__globals__, recorded), Part("step"):
-            return step(**arguments)
-
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        _, row = train(settings, images, [step, recorded_step])  # the first epoch warms up
-    seconds = {event.key: event.cpu_time_total / 1e6 for event in profiler.key_averages()}
-    attack, guide, whole = (seconds.get(name, 0.0) for name in ("attack", "guide", "step"))
-    found = {"attack": attack, "guide": guide, "update": whole - attack - guide, "data": row["seconds"] - whole}
-    found = {name: total * settings["batch_size"] / len(images.y) for name, total in found.items()}
-    print("  ".join(f"{name} {seconds:.4f} s" for name, seconds in found.items()))
     return found
 
 
@@ -149,18 +156,21 @@ def main(argv):
     p.add_argument("--repeats", type=in_range(int, 1), default=5, metavar="N", help="of ours and the release, in turn")
     p.add_argument("--json", type=Path, metavar="FILE", help="keep the figures there, with command, commit and device")
     args, rest = p.parse_known_args(argv)
-    settings, first, _ = train_dynat.parse(rest)
-    if first.out or first.resume:
+    typed, where, flags = parse(rest, train_dynat.METHODS)
+    if where["out"] or where["resume"]:
         raise UserError("a benchmark keeps no run: leave out --out and --resume")
-    device = pick_device(first.device)
+    settings = resolve(typed, train_dynat.METHODS, flags)
+    device = pick_device(where["device"])
     train_dynat.check_device(settings, device)
-    settings |= {name: epoch for name, epoch in {"awp_start": 1, "burn_in": 0}.items() if name in settings}
+    if "awp_start" in settings:
+        settings["awp_start"] = 1
+    if "burn_in" in settings:
+        settings["burn_in"] = 0
     images = class_balanced_subset(load_images("tiny", "train"), args.updates * settings["batch_size"], 1).to(device)
     found = {"command": shlex.join(["python", "benchmarks/step.py", *argv]), **provenance(device)}
     print(f"{found['device']}, torch {found['torch']}, commit {found['commit']}")
     with numerics(deterministic=settings["deterministic"], benchmark=not settings["deterministic"]):
         found |= compare(settings, images, args.repeats)
-        found["parts"] = parts(settings, images)
     if args.json:
         write_text(args.json, json.dumps(found, indent=1) + "\n")
 

@@ -175,7 +175,7 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
             distributed.check_batch_size(images, batch_size)
 
 
-TWO_EPOCHS = [*SHORT, "--epochs", "2"]
+TWO_EPOCHS = [*SHORT, "--epochs", "2", "--val-images", "20"]
 
 
 @pytest.mark.parametrize(("world_size", "accident", "status", "said"), [
@@ -194,7 +194,8 @@ def test_a_run_goes_on_to_the_same_bytes_after(tmp_path, world_size, accident, s
     assert launch(tmp_path, world_size, CNN, "", [*run, ("whole", TWO_EPOCHS)]) == [0] * world_size
     run_dirs = [tmp_path / "run", tmp_path / "whole"]
     assert len({(run_dir / "weights.pt").read_bytes() for run_dir in run_dirs}) == 1
-    assert difference(*(torch.load(run_dir / "last.pt", weights_only=True) for run_dir in run_dirs)) == 0
+    for name in ("last.pt", "best.pt"):
+        assert difference(*(torch.load(run_dir / name, weights_only=True) for run_dir in run_dirs)) == 0
     assert not list((tmp_path / "run").glob(".*")), "an unfinished file stayed"
 
 

@@ -134,7 +134,7 @@ def photos():
     (lambda cat: shutil.copytree(cat, cat.parent / "emu"), "has 3 classes, but these images have 2"),
     (lambda cat: (cat / "z.png").write_text("no"), "z.png cannot be read as an image"),
     (lambda cat: Image.new("1", (16_000, 12_000)).save(cat / "z.png"), "z.png cannot be read as an image (Im"),
-    (lambda cat: os.mkfifo(cat / "z.png"), "z.png is not a file: mend or remove it"),
+    (lambda cat: os.mkfifo(cat / "z.png"), "z.png is not a file"),
     (lambda cat: Image.new("F", (9, 9)).save(cat / "z.tif"), "z.tif with 32 bits per pixel: save it with 8"),
     (lambda cat: Image.new("I", (9, 9)).save(cat / "z.tif"), "z.tif with 32 bits per pixel: save it with 8"),
 ])  # fmt: skip
@@ -238,7 +238,7 @@ def test_closed_streams_and_a_terminal_without_the_letters_do_not_end_a_command(
 
 
 def test_without_a_terminal_the_time_left_is_a_line_every_minute(monkeypatch, capsys):
-    monkeypatch.setattr(cli.time, "monotonic", Mock(side_effect=[0, 0, 50, 61, 100, 122]))
+    monkeypatch.setattr(cli.time, "monotonic", Mock(side_effect=[0, 50, 61, 100, 122]))
     with cli.Progress(total=100, done=20) as progress:
         for _ in range(4):
             progress.advance(10, "epoch 1/2")

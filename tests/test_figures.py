@@ -193,7 +193,7 @@ def test_the_perturbation_is_magnified_so_that_epsilon_is_white_and_half_of_it_l
 @pytest.mark.parametrize(("arguments", "says"), [
     ("clean run --out a.gif", "it ends in .png, .pdf, .svg"),
     ("clean run --out a.png --labels A B", "1 to name, but the names are A, B: give each its own with --labels"),
-    ("clean pipe --out a.png", "there is no file pipe/log.jsonl"),
+    ("clean pipe --out a.png", "pipe/log.jsonl is not a file"),
     ("clean empty --out a.png", "the log of empty has no test_acc"),
     ("clean cut --out a.png", "cut is damaged"),
     ("clean nan --out a.png", "nan is damaged"),

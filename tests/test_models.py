@@ -84,6 +84,7 @@ def test_keys_shapes_and_parameter_counts_are_the_releases(name):
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     dead = sum(shape.numel() for key, shape in expected.items() if key not in live and not key.endswith(buffers))
     assert sum(weight.numel() for weight in model.parameters()) + dead == case["n_params"]
+    assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == case["logits_eval"].shape
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18-lbgat", "preactresnet18", "cnn", "wrn10-1", "wrn16-2"])
