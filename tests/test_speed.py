@@ -226,4 +226,4 @@ def test_a_wrong_conv_bn_is_refused_when_the_network_is_built(wrong):
     if wrong == "a bias":
         network.conv1 = nn.Conv2d(3, 8, 3, padding=1)
     with pytest.raises(ValueError, match="conv_bn of Wrong names a BatchNorm that cannot be folded"):
-        Fast(network)
+        FastNetwork(network)
