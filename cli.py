@@ -98,8 +98,8 @@ def sigterm_raises():
 
 @contextmanager
 def clean_torch():
-    """Inside the `with`, nothing depends on the default device, half precision, autocast, gradients and way to load that
-    a caller or a start-up file has chosen in torch. The caller's random numbers stay as they would have been."""
+    """Inside the `with`, nothing depends on the default device, half precision, autocast, gradients or loading that a
+    caller or a start-up file has chosen in torch. The caller's random numbers stay as they would have been."""
     device, dtype = torch.get_default_device(), torch.get_default_dtype()
     with ExitStack() as stack:
         for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
