@@ -45,11 +45,18 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {default})".replace("%", "%%")
 
 
+def home_path(text):
+    """The path `text`; ~ at its beginning is the person's home."""
+    return Path(os.path.expanduser(text))
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors. Flags are typed in full, so that a typo is never another flag."""
+    """An ArgumentParser whose errors are UserErrors. Flags are typed in full, so that a typo is never another flag. In
+    a flag with type=Path, ~ at the beginning is the person's home, also after =, where no shell expands it."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+        self.register("type", Path, home_path)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -95,8 +102,8 @@ def sigterm_raises():
 
 @contextmanager
 def clean_torch():
-    """Inside the `with`, nothing depends on the default device, half precision, autocast, gradients and way to load that
-    a caller or a start-up file has chosen in torch. The caller's random numbers stay as they would have been."""
+    """Inside the `with`, a default device, half precision, autocast, gradients or a way to load that a caller or a
+    start-up file has chosen in torch count for nothing. The caller's random numbers stay as they would have been."""
     device, dtype = torch.get_default_device(), torch.get_default_dtype()
     with ExitStack() as stack:
         for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
@@ -195,11 +202,6 @@ def check_file(path):
         raise UserError(f"there is no file {path}")
     if not path.is_file():
         raise UserError(f"{path} is not a file")
-
-
-def home_path(text):
-    """An argparse type: a path; ~ at its beginning is the person's home, also where no shell expands it."""
-    return Path(os.path.expanduser(text))
 
 
 def parse_fraction(text):
