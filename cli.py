@@ -48,11 +48,18 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {default})".replace("%", "%%")
 
 
+def home_path(text):
+    """The path `text`; ~ at its beginning is the person's home."""
+    return Path(os.path.expanduser(text))
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors. Flags are typed in full, so that a typo is never another flag."""
+    """An ArgumentParser whose errors are UserErrors. Flags are typed in full, so that a typo is never another flag. In
+    a flag with type=Path, ~ at the beginning is the person's home, also after =, where no shell expands it."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+        self.register("type", Path, home_path)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -198,11 +205,6 @@ def check_file(path):
         raise UserError(f"there is no file {path}")
     if not path.is_file():
         raise UserError(f"{path} is not a file")
-
-
-def home_path(text):
-    """An argparse type: a path; ~ at its beginning is the person's home, also where no shell expands it."""
-    return Path(os.path.expanduser(text))
 
 
 def parse_fraction(text):

@@ -221,7 +221,7 @@ def parser():
     add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
     add = p.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, help="default: the run's")
-    add("--data-dir", metavar="D", help="default: the run's, else 'data'")
+    add("--data-dir", type=Path, metavar="D", help="default: the run's, else 'data'")
     add("--images", type=in_range(int, 1), metavar="N", help="class-balanced, drawn from --seed (default: all images)")
     add = p.add_argument_group("attack").add_argument
     add("--protocol", choices=("standard", "paper"), default="standard", help="see above")

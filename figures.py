@@ -318,7 +318,7 @@ def parser():
     add("--out", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
     add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
     add("--dataset", choices=DATASETS, help="default: the run's")
-    add("--data-dir", metavar="D", help="default: the run's, else 'data'")
+    add("--data-dir", type=Path, metavar="D", help="default: the run's, else 'data'")
     add("--images", type=in_range(int, 3, 12), default=6, metavar="N", help="default: 6")
     add("--attack", choices=("fgsm", "pgd10", "pgd20", "pgd50", "pgd100", "cw"), default="pgd20", help="default: pgd20")
     add("--epsilon", type=in_range(parse_fraction, 1e-3, 1), default=8 / 255, metavar="E", help="default: 8/255")

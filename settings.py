@@ -5,6 +5,7 @@ train_dynat.py, `flags` what `parse` gives. A flag that is not typed is absent f
 """
 
 from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction
+from pathlib import Path
 
 import torch
 
@@ -75,7 +76,7 @@ def make_parser(methods, description):
     add("--target", type=network_name, metavar="NAME", help=NAMES)
     add("--preset", choices=("paper", "release"), help="whose settings, where the two differ")
     add("--epochs", type=count, metavar="N", help="number of epochs; the schedule is scaled to it")
-    add("--out", type=home_path, metavar="DIR", help="default: runs/<method>-<dataset>-<target>-s<seed>-<what differs>")
+    add("--out", type=Path, metavar="DIR", help="default: runs/<method>-<dataset>-<target>-s<seed>-<what differs>")
     add("--resume", action="store_true", help="continue --out, or start it; only --epochs and --data-dir may differ")
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add = p.add_argument_group("data").add_argument

@@ -171,7 +171,7 @@ def main(argv):
     p.add_argument("plan", help=f"{', '.join(PLANS)}, or a text file with the flags of one row in each line")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these, called as their folders")
     p.add_argument("--attacks", type=attack_names, metavar="LIST", help="as of evaluate.py, instead of the plan's")
-    p.add_argument("--out", default="results", metavar="DIR", help="default: results")
+    p.add_argument("--out", type=Path, default="results", metavar="DIR", help="default: results")
     p.add_argument("--dataset-name", metavar="NAME", help="what the page calls the data set, as 'CIFAR-10, JPEG copy'")
     p.add_argument("--list", action="store_true", help="print the commands, run none")
     args, typed = p.parse_args(argv[:cut]), argv[cut + 1 :]

@@ -175,15 +175,17 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
             distributed.check_batch_size(images, batch_size)
 
 
+STOPPED = "interrupted: everything up to epoch 1 is saved; to go on, add --out {} --resume\n"
 TWO_EPOCHS = [*SHORT, "--epochs", "2", "--val-images", "20"]
 
 
 @pytest.mark.parametrize(("world_size", "accident", "status", "said"), [
     (1, "killed in a save", -signal.SIGKILL, ""),
-    (1, "terminated", -signal.SIGTERM, ""),
-    (1, "interrupted", 130, "interrupted: everything up to epoch 1 is saved; to go on, add --out {} --resume\n"),
+    (1, "terminated", 143, STOPPED),
+    (1, "interrupted", 130, STOPPED),
     (2, "killed in a save", -signal.SIGKILL, ""),
-    (2, "full disk", 2, "error: cannot write {}/last.pt: "),
+    (2, "terminated", 143, STOPPED),
+    (2, "full disk", 2, "error: cannot write {}/last.pt: File too large\n"),
 ])  # fmt: skip
 def test_a_run_goes_on_to_the_same_bytes_after(tmp_path, world_size, accident, status, said):
     run = [("run", [*TWO_EPOCHS, "--resume"])]
@@ -208,6 +210,13 @@ def test_a_mistake_of_one_rank_ends_all_with_one_line(tmp_path, where):
     printed = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert printed[0].startswith(f"error: {tmp_path / where}") and printed[0].count("\n") == 1 and printed[1] == ""
     assert (tmp_path / "file").read_text() == "precious" and list((tmp_path / "taken").iterdir()) == []
+
+
+def test_a_launcher_that_sets_only_some_of_torchruns_variables_is_named(capsys):
+    with mock.patch.dict(os.environ, WORLD_SIZE="4", RANK="1"):
+        assert main(SHORT) == 2
+    missing = "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+    assert capsys.readouterr().err == f"error: WORLD_SIZE is 4, but there is no {missing}: start it with torchrun\n"
 
 
 def test_of_several_processes_the_first_one_says_what_is_wrong(capsys):

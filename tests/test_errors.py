@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
 from contextlib import suppress
@@ -116,6 +117,21 @@ def test_too_little_memory_is_one_line_and_a_bug_is_a_traceback(error_of, monkey
     monkeypatch.setattr(train_dynat, "build_model", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         train_dynat.main(SHORT.split())
+
+
+@pytest.mark.parametrize("name", ["hpu", "xla", "cuda:7", "vulkan", "privateuseone", "abacus"])
+def test_a_device_that_is_not_there_is_one_short_line(name, error_of):
+    assert len(error_of(f"{SHORT} --device {name}")) < 200
+
+
+def test_a_tilde_is_the_home_in_every_flag_that_is_a_path(error_of, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path("run").resolve()))
+    folder = "--dataset folder --data-dir=~/photos"
+    for main, argv in ((train_dynat.main, "--out=~"), (train_dynat.main, f"{folder} --target cnn --device cpu --out a"),
+                       (evaluate.main, "~/none.pt"), (evaluate.main, f"run/last.pt {folder}"),
+                       (evaluate.main, "run/last.pt --json=~/none/a.json"), (figures.main, "clean ~/none --out a.png"),
+                       (figures.main, "clean run --out=~/none/a.png")):  # fmt: skip
+        assert os.environ["HOME"] in error_of(argv, main)
 
 
 def photos():
@@ -244,6 +260,45 @@ def test_without_a_terminal_the_time_left_is_a_line_every_minute(monkeypatch, ca
             progress.advance(10, "epoch 1/2")
         progress.write("epoch 1")
     assert capsys.readouterr() == ("epoch 1/2: about 03:03 left\nepoch 1/2: about 02:02 left\nepoch 1\n", "")
+
+
+def test_a_callers_torch_settings_reach_no_weights_and_blame_no_file(error_of, monkeypatch):
+    assert train_dynat.main(f"{SHORT} --out a".split()) == 0
+    for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.setenv(name, "1")
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_float32_matmul_precision("medium")
+    with torch.autocast("cpu"), torch.inference_mode():
+        statuses = [train_dynat.main(f"{SHORT} --out b".split()), evaluate.main(EVALUATE.split())]
+        left = torch.get_default_device().type, torch.get_default_dtype(), torch.is_grad_enabled()
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    assert statuses == [0, 0] and left == ("meta", torch.bfloat16, False)
+    assert Path("a/weights.pt").read_bytes() == Path("b/weights.pt").read_bytes()
+
+
+def test_the_commit_is_this_folders_whatever_git_is_told(tmp_path, monkeypatch, capsys):
+    own, commit = tmp_path / "own", lambda: cli.provenance(torch.device("cpu"))["commit"]
+    monkeypatch.setattr(cli, "__file__", str(own / "cli.py"))
+    own.mkdir()
+    for folder in (tmp_path, own):  # one repository within another
+        subprocess.run(["git", "init", "-q", folder], check=True)
+        author = ["-c", "user.name=a", "-c", "user.email=a"]
+        subprocess.run(["git", "-C", folder, *author, "commit", "-qm", folder.name, "--allow-empty"], check=True)
+    expected = commit()
+    assert len(expected) == 40
+    for name, value in {"GIT_DIR": tmp_path / ".git", "GIT_WORK_TREE": "/", "GIT_INDEX_FILE": "/dev/null"}.items():
+        monkeypatch.setenv(name, str(value))
+        assert commit() == expected
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(own / ".git" / "refs")
+    monkeypatch.delenv("GIT_DIR")
+    assert commit() is None
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None
+    assert capsys.readouterr().err.count("note: the commit of this program is unknown, since git failed: ") == 2
 
 
 def test_main_also_in_a_thread_leaves_nothing_behind_and_restores_torch(error_of):
