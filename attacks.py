@@ -1,4 +1,5 @@
-"""The L-infinity PGD loop, its starting points and objectives, and the adversarial weight perturbation.
+"""The L-infinity PGD loop, its starts and objectives, the evaluation's PGD and C&W, and the weight perturbation (AWP).
+This file imports nothing but torch.
 
     S(x) = { x' : |x' - x| <= epsilon, x' in [0, 1] }                                    Eq. (1)
     x_adv <- P_S( x_adv + step_size * sign( grad objective(model(x_adv)) ) )              `steps` times
@@ -9,8 +10,6 @@ The attack is a pure function: the caller draws the start, chooses the objective
     with eval_mode(model):
         x_adv = linf_pgd(model, x, start, lambda logits: F.cross_entropy(logits, y, reduction="sum"),
                          epsilon=8 / 255, step_size=2 / 255, steps=20)
-
-This file needs nothing but torch.
 """
 
 from collections.abc import Callable, Iterator
@@ -129,6 +128,56 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     label = labels.unsqueeze(1)
     others = logits.scatter(1, label, float("-inf"))  # (B, C), without the label's own logit
     return logits.gather(1, label).squeeze(1) - others.amax(1)
+
+
+def pgd(
+    model: nn.Module, x: Tensor, y: Tensor, start: Tensor, *, active: Callable | None = None, **budget: float
+) -> Tensor:
+    """PGD on CE(f(.), y) that moves only the images still classified as y, so an image once fooled stays fooled.
+
+    Images x, start (B, 3, H, W) in [0, 1], y (B,) int64; `budget` is epsilon, step_size and steps of `linf_pgd`;
+    `active` takes the place of "still classified as y". Returns x_adv (B, 3, H, W).
+    Source: DYNAT, auto_attack_eval1.py, attack_pgd.
+    """
+    still_correct = lambda logits: logits.argmax(1) == y
+    objective = lambda logits: F.cross_entropy(logits, y, reduction="sum")
+    return linf_pgd(model, x, start, objective, active=active or still_correct, **budget)
+
+
+def cw(
+    model: nn.Module, x: Tensor, y: Tensor, start: Tensor, *, active: Callable | None = None, **budget: float
+) -> Tensor:
+    """The same on C&W's objective, max_{c != y} z_c - z_y, with kappa = 0. Arguments and result as of `pgd`.
+
+    Source: DYNAT, auto_attack_eval1.py, cw_Linf_attack.
+    """
+    still_correct = lambda logits: logits.argmax(1) == y
+    objective = lambda logits: -margin(logits, y).sum()
+    return linf_pgd(model, x, start, objective, active=active or still_correct, **budget)
+
+
+def drop_fooled(
+    attack: Callable, model: nn.Module, x: Tensor, y: Tensor, start: Tensor, *, steps: int, **budget: float
+) -> Tensor:
+    """What `attack`, pgd or cw, makes of a batch, but for rounding. An image that is fooled leaves the batch at once,
+    which saves its forwards. Other arguments and the result as of `pgd`."""
+    x_adv = start.clone()
+    remaining = torch.arange(len(y), device=x.device)  # the images that are not fooled yet
+    correct = None
+
+    def still_correct(logits):
+        nonlocal correct
+        correct = logits.argmax(1) == y[remaining]
+        return correct
+
+    for _ in range(steps):
+        iterate = x_adv[remaining]
+        moved = attack(model, x[remaining], y[remaining], iterate, active=still_correct, steps=1, **budget)
+        x_adv[remaining] = moved
+        remaining = remaining[correct]  # the step's one wait for the device
+        if len(remaining) == 0:
+            break
+    return x_adv
 
 
 @contextmanager

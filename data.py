@@ -93,7 +93,7 @@ def train_batches(images, batch_size, seed, epoch, memory_format=torch.channels_
         yield to_float(x, memory_format), images.y[indices], generator
 
 
-def _class_balanced_mask(images, count, seed):
+def class_balanced_mask(images, count, seed):
     """(N,) bool: which images are the class-balanced subset. The images and the classes are shuffled; then each class
     in turn gives one image."""
     total = len(images.y)
@@ -115,12 +115,12 @@ def _class_balanced_mask(images, count, seed):
 def class_balanced_subset(images, count, seed):
     """`count` of the images, drawn from `seed`, with class sizes as equal as can be, in the set's own order. Raises
     UserError if there are fewer images."""
-    return images.select(_class_balanced_mask(images, count, seed))
+    return images.select(class_balanced_mask(images, count, seed))
 
 
 def hold_out(images, count, seed):
     """(the class-balanced subset of `count` images, all others). Raises UserError if no others are left."""
-    mask = _class_balanced_mask(images, count, seed)
+    mask = class_balanced_mask(images, count, seed)
     if mask.all():
         raise UserError(f"{count} images held out of {len(mask)} leave none to train on")
     return images.select(mask), images.select(~mask)

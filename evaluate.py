@@ -2,20 +2,14 @@
 
     python evaluate.py runs/dynat-cifar10-wrn34-10-s1/last.pt --attacks clean,pgd10,pgd20,pgd50,cw,aa
 
-fgsm     one step of epsilon on CE, no random start
-pgdK     K steps on CE from a uniform start; an image once fooled stays fooled
-cw       20 such steps on C&W's margin, max_{c != y} z_c - z_y, kappa = 0
-apgd     AutoAttack's first attack alone: Auto-PGD on CE, 100 steps, one restart
-aa-fast  its first two, Auto-PGD on CE and on the targeted DLR loss
-aa       AutoAttack "standard": these two, targeted FAB and Square with 5,000 queries
-
-fgsm, pgdK and cw are the evaluations of the paper's tables (auto_attack_eval1.py in its release). AutoAttack is by
-Croce and Hein (2020), from the package pyautoattack; what its own checks find is printed as warnings. All attacks run
-in float32 and in eval mode. On the same device a command gives the same figures again, except for AutoAttack on a GPU:
-FAB uses `cumsum`, which is not deterministic there.
+This file holds what is done with the masks of `robustness.py`, whose table lists the attacks (see also --help), and may
+import any other. pgd<steps> and cw are those of the paper's tables (auto_attack_eval1.py in its release); the tables
+have no FGSM. AutoAttack is by Croce and Hein (2020), from the package pyautoattack; what its own checks find is printed
+as warnings. All attacks run in float32 and in eval mode. On the same device a command gives the same figures again,
+except for AutoAttack on a GPU: FAB uses `cumsum`, which is not deterministic there.
 
 The result is one boolean matrix, images by attacks: which images are still classified as their label. An image that is
-misclassified without any attack is not attacked. After each batch its rows go to a progress file, from which --resume
+misclassified without any attack is not attacked. After each batch its masks go to a progress file, from which --resume
 continues. With --json FILE.json the matrix is kept in FILE.npz.
 
 --protocol standard  every attack with epsilon 8/255 on the whole test set
@@ -27,7 +21,6 @@ continues. With --json FILE.json the matrix is kept in FILE.npz.
 import json
 import math
 import os
-import re
 import shlex
 import sys
 from contextlib import contextmanager
@@ -40,13 +33,14 @@ import torch
 import checkpoints
 import cli
 from cli import Parser, Progress, UserError, exit_status, in_range, numerics, parse_fraction, pick_device, provenance
-from data import DATASETS, check_classes, class_balanced_subset, load_images
-from robustness import AUTO_ATTACK, SETTINGS, TARGETS, attack_columns, collect_warnings, matrix_of, plan_columns
+from data import DATASETS, check_classes, class_balanced_mask, load_images
+from robustness import ATTACKS, STAGES, attack_columns, collect_warnings, find_attack, plan_columns, read_masks
 from speed import memory_format
 
 DEFAULT_ATTACKS = "clean,pgd10,pgd20,pgd50,cw"
 ALL = ("pgd10", "pgd20", "pgd50", "cw", "aa")  # "All" of the paper's Table 1 is the mean over these
-FLAGS = ("network", "attacks", "dataset", "weights", "epsilon", "step_size", "batch_size", "seed")
+REPORTED = ("network", "attacks", "dataset", "weights", "epsilon", "step_size", "batch_size", "seed")  # of the flags
+MAY_DIFFER = ("command", "checkpoint", "python", "commit")  # when an evaluation is continued
 
 
 # Results
@@ -66,25 +60,29 @@ def accuracy_row(mask):
     return {"n": n, "correct": hits, "accuracy": hits / n, "interval": wilson(hits, n)}
 
 
-def result_row(role, name, chain, masks, seconds, step_size, num_classes):
-    """What the JSON says of an attack on a network. `chain` are its columns; `masks` and `seconds` are by column."""
-    n, stages = chain[-1].n, []
-    for column in chain:
-        settings = dict(SETTINGS.get(column.attack, {}))
-        if column.attack.startswith("pgd"):
-            settings = {"steps": int(column.attack.removeprefix("pgd")), "restarts": 1}
-        if "targets" in settings:
-            settings["targets"] = min(TARGETS, num_classes - 1)
-        attacked = stages[-1]["correct"] if stages else n
-        count = {"attacked": attacked, "correct": int(masks[column][:n].sum()), "seconds": seconds[column]}
-        stages.append({"attack": column.attack, **settings, **count})
-    row = {"network": role, "attack": name, **accuracy_row(masks[chain[-1]][:n])}
-    row["seconds"] = sum(stage["seconds"] for stage in stages[1:] or stages)
+def result_row(name, columns, masks, seconds, step_size, num_classes):
+    """What the JSON says of the attack `name` on a network. `columns` are the clean one and the attack's own, `masks`
+    and `seconds` theirs."""
+    attack, last = find_attack(name), columns[-1]
+    row = {"network": last.network, "attack": name, **accuracy_row(masks[-1][: last.n])}
+    row["seconds"] = seconds[0] if name == "clean" else sum(seconds[1:])
     if name != "clean":
-        row["epsilon"] = chain[-1].epsilon
-    if name == "cw" or name.startswith("pgd"):
+        row["epsilon"] = last.epsilon
+    if attack.function and attack.takes_step_size:
         row["step_size"] = step_size
-    return row | ({"stages": stages} if name in AUTO_ATTACK else settings)
+    if not attack.stages:
+        return row | attack.settings
+    row["stages"] = []
+    attacked = last.n
+    for column, mask, taken in zip(columns, masks, seconds, strict=True):
+        settings = dict(STAGES.get(column.attack, {}))  # none of the clean column
+        if "targets" in settings:
+            settings["targets"] = min(settings["targets"], num_classes - 1)
+        correct = int(mask[: last.n].sum())
+        count = {"attacked": attacked, "correct": correct, "seconds": taken}
+        row["stages"].append({"attack": column.attack, **settings, **count})
+        attacked = correct
+    return row
 
 
 def worst_case(rows, masks):
@@ -93,28 +91,30 @@ def worst_case(rows, masks):
     groups = {}
     for row, mask in zip(rows, masks, strict=True):
         if "epsilon" in row:  # a clean mistake counts as one under every attack already
-            groups.setdefault((row["network"], row["epsilon"], row["n"]), []).append((row["attack"], mask))
-    cells = []
-    for (role, epsilon, _), members in groups.items():
-        if len(members) > 1:
-            robust = torch.stack([mask for _, mask in members]).all(0)
-            names = [name for name, _ in members]
-            cells.append({"network": role, "attacks": names, "epsilon": epsilon, **accuracy_row(robust)})
-    return cells
+            group = groups.setdefault((row["network"], row["epsilon"], row["n"]), {})
+            group[row["attack"]] = mask
+    worst_cases = []
+    for (role, epsilon, _), group in groups.items():
+        if len(group) > 1:
+            robust = torch.stack([*group.values()]).all(0)
+            worst_cases.append({"network": role, "attacks": [*group], "epsilon": epsilon, **accuracy_row(robust)})
+    return worst_cases
 
 
-def table(rows, cells):
+def table(rows, worst_cases):
     """Results and worst cases of the JSON, a line each. "All" is there if each of its five attacks was measured."""
     lines = ["network  attack      accuracy     95 % interval           n  epsilon   seconds"]
-    for row in [*rows, *({"attack": "worst case", **cell} for cell in cells)]:
+    for row in rows + [{"attack": "worst case", **case} for case in worst_cases]:
         low, high = row["interval"]
         line = f"{row['network']:7}  {row['attack']:10}  {row['accuracy']:8.2%}  {low:7.2%} to {high:7.2%}"
         line += f"  {row['n']:6}"
-        for name, digits in (("epsilon", 5), ("seconds", 1)):
-            line += f"  {row[name]:8.{digits}f}" if name in row else " " * 10
+        line += f"  {row['epsilon']:8.5f}" if "epsilon" in row else " " * 10
+        line += f"  {row['seconds']:8.1f}" if "seconds" in row else ""
         lines.append(line.rstrip())
-    for role in dict.fromkeys(row["network"] for row in rows):
-        found = {row["attack"]: row["accuracy"] for row in rows if row["network"] == role}
+    accuracies = {}
+    for row in rows:
+        accuracies.setdefault(row["network"], {})[row["attack"]] = row["accuracy"]
+    for role, found in accuracies.items():
         if found.keys() >= set(ALL):
             lines.append(f"{role:7}  All         {sum(found[name] for name in ALL) / len(ALL):8.2%}")
     return "\n".join(lines)
@@ -124,11 +124,11 @@ def table(rows, cells):
 
 
 @contextmanager
-def open_progress(path, report, chains, parts, resume):
+def open_progress(path, report, columns, batches, resume):
     """Locks a progress file inside the `with`, which gets the finished batches, a list as of `attack_columns`, and a
     function that writes one more. A file without a batch is removed at the end. `report` describes the evaluation,
-    `chains` its columns, `parts` the indices of its batches. Raises UserError if another evaluation is at work on the
-    file, or if it is there and not of this evaluation."""
+    `columns` is the number of its masks, `batches` has the indices of each. Raises UserError if another evaluation is
+    at work on the file, or if it is there and not of this evaluation."""
 
     def append(line):
         try:
@@ -150,35 +150,42 @@ def open_progress(path, report, chains, parts, resume):
         begun = content.count(b"\n") > 1
         if begun and not resume:
             raise UserError(f"{path} is of an interrupted evaluation: continue it with --resume, or delete it")
-        batches = read_batches(content, path, report, chains, parts) if begun else []
+        records = read_records(content, path, report, columns, batches) if begun else []
         try:
-            os.truncate(path, len(content) if batches else 0)
-            if not batches:
+            os.truncate(path, len(content) if begun else 0)
+            if not begun:
                 append({"evaluation": report})
-            yield batches, append
+            yield records, append
         finally:
-            if not batches:
+            if not records:
                 path.unlink(missing_ok=True)
 
 
-def read_batches(content, path, report, chains, parts):
+def read_records(content, path, report, columns, batches):
     """The batches in a progress file's content. Raises UserError if they are damaged or of another evaluation."""
     try:
-        head, *batches = map(json.loads, content.splitlines())
-        for name, value in report.items():
+        head, *records = map(json.loads, content.splitlines())
+        for name, value in json.loads(json.dumps(report)).items():  # as it was written: tuples are lists
             was = head["evaluation"].get(name)
-            if was != value and name not in ("command", "checkpoint", "python", "commit"):
+            if was != value and name not in MAY_DIFFER:
                 raise UserError(f"{name.replace('_', ' ')} was {was}, is {value}: use {was}, or delete {path}")
-        _, seconds = matrix_of(chains, batches)
-        fits = [len(batch["rows"]) for batch in batches] == [len(part) for part in parts[: len(batches)]]
-        fits &= all(len(row) == len(seconds) and set(row) <= {"0", "1"} for batch in batches for row in batch["rows"])
-        fits &= all(0 <= value < math.inf for value in seconds.values())
-        fits &= all(isinstance(sentence, str) for batch in batches for sentence in batch["warnings"])
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):
-        fits = False
-    if not fits:
-        raise UserError(f"{path} is damaged: delete it")
-    return batches
+        begun = batches[: len(records)]
+        for record, batch in zip(records, begun, strict=True):
+            check_record(record, columns, len(batch))
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise UserError(f"{path} is damaged: delete it") from None
+    return records
+
+
+def check_record(record, columns, images):
+    """Raises ValueError, TypeError or LookupError unless `record` holds what `attack_columns` finds of these images."""
+    masks, seconds, warnings = record["masks"], record["seconds"], record["warnings"]
+    sound = len(masks) == len(seconds) == columns
+    sound &= all(len(mask) == images and set(mask) <= {"0", "1"} for mask in masks)
+    sound &= all(0 <= value < math.inf for value in seconds)
+    sound &= all(isinstance(sentence, str) for sentence in warnings)
+    if not sound:
+        raise ValueError
 
 
 def load_test_images(args, content):
@@ -193,9 +200,8 @@ def load_test_images(args, content):
         data_dir = "data"
     images = load_images(dataset, "test", data_dir)
     check_classes(content["classes"] or images.classes, images.classes, f"{args.checkpoint} was trained on")
-    numbered = images._replace(x=torch.arange(len(images.y)))
-    indices = class_balanced_subset(numbered, args.images or len(images.y), args.seed).x
-    return images.select(indices), indices
+    mask = class_balanced_mask(images, args.images or len(images.y), args.seed)
+    return images.select(mask), mask.nonzero().squeeze(1)
 
 
 # Command line
@@ -205,8 +211,8 @@ def attack_names(text):
     """An argparse type: the names in a list such as "clean,pgd20,aa"."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if not re.fullmatch(r"clean|fgsm|cw|apgd|aa|aa-fast|pgd[1-9]\d{0,3}", name):
-            raise UserError(f"unknown attack '{name}': choose from clean, fgsm, pgd<steps>, cw, apgd, aa-fast, aa")
+        if find_attack(name) is None:
+            raise UserError(f"unknown attack '{name}': choose from {', '.join(ATTACKS)}")
     if not names:
         raise UserError("--attacks names no attack")
     return list(dict.fromkeys(names))
@@ -223,7 +229,8 @@ def parser():
     add("--dataset", choices=DATASETS, help="default: the run's")
     add("--data-dir", type=Path, metavar="D", help="default: the run's, else 'data'")
     add("--images", type=in_range(int, 1), metavar="N", help="class-balanced, drawn from --seed (default: all images)")
-    add = p.add_argument_group("attack").add_argument
+    listed = "\n".join(f"{name:10}  {attack.help}" for name, attack in ATTACKS.items())
+    add = p.add_argument_group("attack", listed).add_argument
     add("--protocol", choices=("standard", "paper"), default="standard", help="see above")
     default = f"default: {DEFAULT_ATTACKS}; with --protocol paper also aa"
     add("--attacks", type=attack_names, metavar="LIST", help=f"as above, with commas between them ({default})")
@@ -235,32 +242,49 @@ def parser():
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add("--seed", type=in_range(int, 0), default=0, metavar="S", help="of starts, AutoAttack and subset")
     add("--json", type=Path, metavar="FILE", help="write the figures there, and the matrix in an .npz beside it")
-    beside = "FILE.progress, or that of the checkpoint, has its batches"
-    add("--resume", action="store_true", help=f"continue an interrupted evaluation, to the same figures; {beside}")
+    file = "FILE.progress, or that of the checkpoint, has its batches"
+    add("--resume", action="store_true", help=f"continue an interrupted evaluation, to the same figures; {file}")
     return p
+
+
+def parse(argv):
+    """The flags. Raises UserError unless the file of --json can be named so."""
+    args = parser().parse_args(argv)
+    if args.attacks is None:
+        args.attacks = attack_names(DEFAULT_ATTACKS)
+        if args.protocol == "paper":
+            args.attacks.append("aa")
+    if args.json and not (args.json.suffix == ".json" and args.json.parent.is_dir()):
+        raise UserError(f"--json {args.json}: it is a name that ends in .json, in a folder that exists")
+    return args
 
 
 def protocol(args, total):
     """What --protocol and the flags ask for: its name with the flags that differ from it, and for each attack its
     number of images and epsilon. Raises UserError if they contradict each other."""
-    defaults = {"epsilon": 8 / 255, "step_size": 2 / 255, "images": None}
-    typed = {name: getattr(args, name) for name, value in defaults.items() if getattr(args, name) != value}
-    differing = [f"--{name.replace('_', '-')} {value:g}" for name, value in typed.items()]
+    standard = {"epsilon": 8 / 255, "step_size": 2 / 255, "images": None}
+    differing = []
+    for name, value in standard.items():
+        if getattr(args, name) != value:
+            differing.append(f"--{name.replace('_', '-')} {getattr(args, name):g}")
     planned = {name: (total, args.epsilon) for name in args.attacks}
-    if args.protocol == "paper":
-        if differing:
-            raise UserError(f"--protocol paper is a fixed set of attacks: leave out {' and '.join(differing)}")
-        if args.dataset == "folder":
-            raise UserError("--protocol paper takes the first 1,000 images, in a folder those of the first classes")
-        planned |= {name: (min(1000, total), 0.031) for name in args.attacks if name in ("aa", "aa-fast")}
-    return " ".join([args.protocol, *(["except for", *differing] if differing else [])]), planned
+    if args.protocol == "standard":
+        return " ".join(["standard except for", *differing]) if differing else "standard", planned
+    if differing:
+        raise UserError(f"--protocol paper is a fixed set of attacks: leave out {' and '.join(differing)}")
+    if args.dataset == "folder":
+        raise UserError("--protocol paper takes the first 1,000 images, in a folder those of the first classes")
+    for name in {"aa", "aa-fast"} & planned.keys():
+        planned[name] = (min(1000, total), 0.031)
+    return "paper", planned
 
 
 def check_auto_attack(attacks, num_classes):
     """{"pyautoattack": its version}, if an attack needs it. Raises UserError if an attack cannot run."""
-    if not AUTO_ATTACK.keys() & set(attacks):
+    stages = {stage for name in attacks for stage in find_attack(name).stages}
+    if not stages:
         return {}
-    if num_classes < 4 and {"aa", "aa-fast"} & set(attacks):
+    if num_classes < 4 and "apgd-t" in stages:
         raise UserError(f"aa and aa-fast need four classes, for their targeted loss; with {num_classes}, use apgd")
     try:
         return {"pyautoattack": metadata.version("pyautoattack")}
@@ -268,31 +292,70 @@ def check_auto_attack(attacks, num_classes):
         raise UserError("AutoAttack is not installed: pip install pyautoattack") from None
 
 
+def load_networks(args, content, num_classes, device):
+    """{target or guide: the network in eval mode}, as --network and --weights ask for."""
+    if args.weights == "ema":
+        if checkpoints.invalid_keys(content, {"ema": dict}):
+            raise UserError(f"{args.checkpoint} holds no averaged weights: train with --ema")
+        content = {**content, "target": content["ema"]}
+    networks = {}
+    for role in args.network.split(","):
+        layout = memory_format(device, "fp32")
+        networks[role] = checkpoints.load_network(content, role, args.checkpoint, num_classes, layout).to(device)
+    return networks
+
+
+def attack_batches(networks, columns, places, images, batches, records, append, args):
+    """Attacks the batches that `records` does not have yet and adds them to it, each written by `append` first."""
+    done = sum(len(batch) for batch in batches[: len(records)])
+    with Progress(len(images.y), done) as bar:
+        for batch in batches[len(records) :]:
+            record = attack_columns(networks, columns, images, batch, step_size=args.step_size, seed=args.seed)
+            append(record)
+            records.append(record)
+            masks = read_masks(records)
+            accuracies = []
+            for (role, name), behind in places.items():
+                n = columns[behind[-1]].n
+                accuracies.append(f"{role} {name} {masks[behind[-1]][:n].double().mean():.1%}")
+            bar.advance(len(batch), "  ".join(accuracies))
+
+
+def add_results(report, columns, places, records, settings, step_size, num_classes):
+    """Adds to the report what was measured. Returns {"network attack": its mask (n,) bool}."""
+    masks = read_masks(records)
+    seconds = np.sum([record["seconds"] for record in records], 0).tolist()
+    report["warnings"] = collect_warnings(columns, places, masks, records)
+    result_masks, report["results"] = {}, []
+    for (role, name), behind in places.items():
+        found = [[values[place] for place in behind] for values in (columns, masks, seconds)]
+        row = result_row(name, *found, step_size, num_classes)
+        report["results"].append({"name": settings[role], **row})
+        result_masks[f"{role} {name}"] = masks[behind[-1]][: row["n"]]
+    report["worst_case"] = worst_case(report["results"], result_masks.values())
+    return result_masks
+
+
+def what_is_kept(args, progress_file, done, total):
+    """What an interrupted evaluation says at its end."""
+    if not progress_file.exists():
+        return f"the figures are in {args.json}"
+    if not done:
+        return "nothing was saved yet"
+    return f"{done} of {total} images are done; to go on, add --resume"
+
+
 @exit_status
 @numerics(deterministic=False)
 def main(argv):
-    args = parser().parse_args(argv)
-    if args.attacks is None:
-        args.attacks = attack_names(DEFAULT_ATTACKS + (",aa" if args.protocol == "paper" else ""))
-    if args.json and not (args.json.suffix == ".json" and args.json.parent.is_dir()):
-        raise UserError(f"--json {args.json}: it is a name that ends in .json, in a folder that exists")
-    outputs = [args.json, args.json.with_suffix(".npz")] if args.json else []
-    beside = args.json or args.checkpoint
-    progress_file = beside.with_name(beside.name + ".progress")
-
+    args = parse(argv)
     device = pick_device(args.device)
     content, sha256 = checkpoints.load_trained(args.checkpoint, args.target, args.dataset)
     settings = content["settings"]
     args.dataset = args.dataset or settings["dataset"]
-    if args.weights == "ema":
-        if checkpoints.invalid_keys(content, {"ema": dict}):
-            raise UserError(f"{args.checkpoint} holds no averaged weights: train with --ema")
-        content["target"] = content["ema"]
     images, indices = load_test_images(args, content)
     images, total, num_classes = images.to(device), len(images.y), len(images.classes)
-    networks, layout = {}, memory_format(device, "fp32")
-    for role in args.network.split(","):
-        networks[role] = checkpoints.load_network(content, role, args.checkpoint, num_classes, layout).to(device)
+    networks = load_networks(args, content, num_classes, device)
     protocol_name, planned = protocol(args, total)
     report = {
         "command": shlex.join(["python", "evaluate.py", *argv]),
@@ -302,41 +365,26 @@ def main(argv):
         **check_auto_attack(args.attacks, num_classes),
         "trained": {"epoch": content.get("epoch"), "settings": settings},
         "protocol": protocol_name,
-        **{name: getattr(args, name) for name in FLAGS},
+        **{name: getattr(args, name) for name in REPORTED},
         "test_images": images.sha256(),
     }
-    report = json.loads(json.dumps(report))  # as it is read from a progress file
     print(f"{args.checkpoint}: protocol {protocol_name}, {total} test images, seed {args.seed}")
 
-    chains = plan_columns(networks, planned, total)
-    parts = torch.arange(total).split(args.batch_size)
-    with open_progress(progress_file, report, chains, parts, args.resume) as (batches, append):
+    columns, places = plan_columns(networks, planned, total)
+    batches = torch.arange(total).split(args.batch_size)
+    progress_base = args.json or args.checkpoint
+    progress_file = progress_base.with_name(progress_base.name + ".progress")
+    outputs = [args.json, args.json.with_suffix(".npz")] if args.json else []
+    with open_progress(progress_file, report, len(columns), batches, args.resume) as (records, append):
         for path in outputs:
-            if path.exists() and len(batches) < len(parts):
+            if path.exists() and len(records) < len(batches):
                 raise UserError(f"{path} exists already: choose another --json, or delete it")
-        done = sum(len(part) for part in parts[: len(batches)])
         try:
-            with Progress(total, done) as bar:
-                for part in parts[len(batches) :]:
-                    batch = attack_columns(networks, chains, images, part, step_size=args.step_size, seed=args.seed)
-                    append(batch)
-                    batches.append(batch)
-                    done += len(part)
-                    masks, _ = matrix_of(chains, batches)
-                    means = [masks[chain[-1]][: chain[-1].n].double().mean() for chain in chains.values()]
-                    shown = [f"{' '.join(key)} {mean:.1%}" for key, mean in zip(chains, means, strict=True)]
-                    bar.advance(len(part), "  ".join(shown))
-            masks, seconds = matrix_of(chains, batches)
-            report["warnings"] = collect_warnings(chains, masks, batches)
-            report["results"] = [
-                {"name": settings[role], **result_row(role, name, chain, masks, seconds, args.step_size, num_classes)}
-                for (role, name), chain in chains.items()
-            ]
-            asked = {f"{role} {name}": masks[chain[-1]][: chain[-1].n] for (role, name), chain in chains.items()}
-            report["worst_case"] = worst_case(report["results"], asked.values())
+            attack_batches(networks, columns, places, images, batches, records, append, args)
+            result_masks = add_results(report, columns, places, records, settings, args.step_size, num_classes)
             if args.json:
                 with cli.atomic_write(outputs[1]) as partial, open(partial, "wb") as file:
-                    np.savez_compressed(file, **asked, y=images.y.cpu(), indices=indices)
+                    np.savez_compressed(file, **result_masks, y=images.y.cpu(), indices=indices)
                 cli.write_text(args.json, json.dumps(report, indent=1) + "\n")
                 progress_file.unlink()
             for sentence in report["warnings"]:
@@ -344,8 +392,8 @@ def main(argv):
             print(table(report["results"], report["worst_case"]), flush=True)
             progress_file.unlink(missing_ok=True)
         except (KeyboardInterrupt, BrokenPipeError) as stop:
-            kept = f"{done} of {total} images are done; to go on, add --resume" if done else "nothing was saved yet"
-            raise type(stop)(kept if progress_file.exists() else f"the figures are in {args.json}") from None
+            done = sum(len(batch) for batch in batches[: len(records)])
+            raise type(stop)(what_is_kept(args, progress_file, done, total)) from None
 
 
 if __name__ == "__main__":

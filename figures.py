@@ -29,7 +29,7 @@ from checkpoints import load_network, load_trained
 from cli import Parser, UserError, atomic_write, check_file, exit_status, in_range, parse_fraction, write_text
 from data import DATASETS, to_float
 from evaluate import ALL, load_test_images, wilson
-from robustness import attack_batch
+from robustness import ATTACKS, attack_batch, find_attack, split_name
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow, which is too light for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -46,11 +46,33 @@ STYLE = {
     **{"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "dynat"},  # text stays text; same bytes each time
 }
 UNDATED = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  # no time in the file, by suffix
-ATTACKS = {"clean": "Clean", "fgsm": "FGSM", "pgd10": "PGD-10", "pgd20": "PGD-20", "pgd50": "PGD-50",
-           "pgd100": "PGD-100", "apgd": "APGD", "cw": "C&W", "aa-fast": "AA-fast", "aa": "AA",
-           "all": "All"}  # fmt: skip
-in_order = lambda attacks: sorted(attacks, key=lambda attack: ([*ATTACKS, attack].index(attack), attack))
 thousands = lambda numbers: " / ".join(f"{n:,}" for n in sorted(set(numbers)))
+
+
+def attack_title(name):
+    """What a page calls an attack, or the mean over five of them, "all"."""
+    attack = find_attack(name)
+    return attack.title if attack else name.capitalize()
+
+
+def in_order(names):
+    """Attacks in the order of the evaluation's table, PGD by its steps, then "all" and what the table does not have."""
+
+    def position(name):
+        key, steps = split_name(name)
+        known = [*ATTACKS, "all"]
+        return known.index(key) if key in known else len(known), steps, name
+
+    return sorted(names, key=position)
+
+
+def pictured_attack(name):
+    """An argparse type: an attack of one function."""
+    attack = find_attack(name)
+    if attack is None or attack.function is None:
+        names = [name for name, attack in ATTACKS.items() if attack.function]
+        raise UserError(f"unknown attack '{name}': choose from {', '.join(names)}")
+    return name
 
 
 def measured(accuracy, n):
@@ -226,7 +248,7 @@ def caption(attack, evaluations, separator):
         raise UserError(f"{attack} has another epsilon or step size in some of the files: they do not compare")
     words = [f"ε = {row['epsilon']}" for row in rows[:1] if "epsilon" in row]
     words += [f"n = {thousands(row['n'] for row in rows)}"] if rows else []
-    return separator.join([ATTACKS.get(attack, attack), *words])
+    return separator.join([attack_title(attack), *words])
 
 
 def bars(evaluations, labels):
@@ -264,7 +286,8 @@ def table(evaluations, labels):
             line["all"] = f"{sum(evaluation.rows[attack]['percent'][0] for attack in ALL) / len(ALL):.2f}"
         lines.append((label, evaluation.epoch, line))
         for row in paper_rows(evaluation.settings) if "guide" not in evaluation.title else ():
-            lines.append((f"paper, Table {row['table']}", "", {name: row[name] for name in ATTACKS if row.get(name)}))
+            printed = {name: row[name] for name in in_order(row) if row[name] and (name == "all" or find_attack(name))}
+            lines.append((f"paper, Table {row['table']}", "", printed))
     attacks = in_order({attack for *_, line in lines for attack in line})
     cells = [["Method", "Epoch", *(caption(attack, evaluations, ", ") for attack in attacks)]]
     cells += [["---"] + ["---:"] * (1 + len(attacks))]
@@ -296,7 +319,7 @@ def attacked_images(args):
             if name in ("clean", "attacked"):
                 mark, look = ("✓", {"color": "C0"}) if p.argmax() == y else ("✗", {"color": "C1", "weight": "bold"})
                 ax.set_xlabel(f"{short[p.argmax()]}\n{mark} {100 * p.max():.0f} %", **look)
-    attack = f"{ATTACKS[args.attack]}, ε = {pixel_units(args.epsilon)}"
+    attack = f"{attack_title(args.attack)}, ε = {pixel_units(args.epsilon)}"
     figure.suptitle(f"{method_name(settings, 'weights')}, target {settings['target']}: {attack}\n{len(x)} test images")
     return figure
 
@@ -320,7 +343,7 @@ def parser():
     add("--dataset", choices=DATASETS, help="default: the run's")
     add("--data-dir", type=Path, metavar="D", help="default: the run's, else 'data'")
     add("--images", type=in_range(int, 3, 12), default=6, metavar="N", help="default: 6")
-    add("--attack", choices=("fgsm", "pgd10", "pgd20", "pgd50", "pgd100", "cw"), default="pgd20", help="default: pgd20")
+    add("--attack", type=pictured_attack, default="pgd20", metavar="NAME", help="such as fgsm, cw (default: pgd20)")
     add("--epsilon", type=in_range(parse_fraction, 1e-3, 1), default=8 / 255, metavar="E", help="default: 8/255")
     add("--step-size", type=in_range(parse_fraction, 0, 1), default=2 / 255, metavar="A", help="default: 2/255")
     add("--seed", type=in_range(int, 0), default=0, metavar="S", help="of images and start (default: 0)")

@@ -1,6 +1,6 @@
-"""Which test images a network still classifies correctly under each attack: the evaluation's attacks, and the matrix.
+"""Which test images a network still classifies correctly under each attack: the table of attacks, and the matrix.
 
-The matrix is boolean, images by columns. A column is an attack, or a stage of AutoAttack, on a network; the package
+The matrix is boolean, columns by images. A column is an attack, or a stage of AutoAttack, on a network; the package
 pyautoattack runs these stages. Of this project it imports `attacks`, `cli`, `data` and `speed`.
 """
 
@@ -8,34 +8,105 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from attacks import eval_mode, linf_pgd, margin, uniform_start
+from attacks import cw, drop_fooled, eval_mode, pgd, uniform_start
 from cli import UserError
 from data import make_generator, to_float
 from speed import memory_format
 
-STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")  # of AutoAttack
-AUTO_ATTACK = {"apgd": STAGES[:1], "aa-fast": STAGES[:2], "aa": STAGES}
 TARGETS = 9  # classes that apgd-t and fab-t aim at, if there are so many others
-SETTINGS = {  # what is fixed and reported; the steps of pgd are in its name
-    "fgsm": {"steps": 1},
-    "cw": {"steps": 20, "restarts": 1, "kappa": 0},
+BLOCK = 32  # consecutive test images whose starts are drawn together: a generator for each costs more than its draws
+LOGGER = logging.getLogger("auto-attack")  # of the package pyautoattack
+
+
+# The table of attacks
+
+
+class Attack(NamedTuple):
+    """An attack of the evaluation: a function, or else stages of AutoAttack."""
+
+    title: str  # on a page
+    help: str
+    settings: dict  # what is fixed, with `steps`, as it is reported
+    # (network in eval mode, x (B, 3, H, W), y (B,), uniform start, epsilon=, step_size=, steps=) to x_adv (B, 3, H, W).
+    # It draws no random numbers, and no image depends on the rest of the batch.
+    function: Callable | None = None
+    takes_step_size: bool = True
+    stages: tuple = ()  # of AutoAttack
+
+
+def fgsm(model, x, y, start, *, epsilon, steps):
+    """Goodfellow et al. (2015): x + epsilon * sign(grad CE(f(x), y)), clamped to [0, 1]. It begins at x, not at
+    `start`. Other arguments and the result as of `pgd`."""
+    return pgd(model, x, y, x, epsilon=epsilon, step_size=epsilon, steps=steps)
+
+
+STAGES = {  # of AutoAttack, in its order: what is fixed, as it is reported
     "apgd-ce": {"steps": 100, "restarts": 1},
     "apgd-t": {"steps": 100, "restarts": 1, "targets": TARGETS},
     "fab-t": {"steps": 100, "restarts": 1, "targets": TARGETS},
     "square": {"queries": 5000, "restarts": 1},
 }
-BLOCK = 32  # consecutive test images whose starts are drawn together: a generator for each costs more than its draws
-LOGGER = logging.getLogger("auto-attack")  # of the package pyautoattack
+ATTACKS = {  # by name, in the order of a page; <steps> is a number from 1 to 9999
+    "clean": Attack("Clean", "no attack", {}),
+    "fgsm": Attack(
+        "FGSM", "one step of epsilon on CE from the image itself",
+        {"steps": 1}, fgsm, takes_step_size=False,
+    ),
+    "pgd<steps>": Attack(
+        "PGD-<steps>", "so many steps on CE from a uniform start; an image once fooled stays fooled",
+        {"restarts": 1}, partial(drop_fooled, pgd),
+    ),
+    "cw": Attack(
+        "C&W", "20 such steps on C&W's margin, max_{c != y} z_c - z_y, kappa = 0",
+        {"steps": 20, "restarts": 1, "kappa": 0}, partial(drop_fooled, cw),
+    ),
+    "apgd": Attack(
+        "APGD", "AutoAttack's first attack alone: Auto-PGD on CE, 100 steps, one restart",
+        {}, stages=("apgd-ce",),
+    ),
+    "aa-fast": Attack(
+        "AA-fast", "its first two, Auto-PGD on CE and on the targeted DLR loss",
+        {}, stages=("apgd-ce", "apgd-t"),
+    ),
+    "aa": Attack(
+        "AA", 'AutoAttack "standard": these two, targeted FAB and Square with 5,000 queries',
+        {}, stages=("apgd-ce", "apgd-t", "fab-t", "square"),
+    ),
+}  # fmt: skip
+
+
+def split_name(name):
+    """A name's key in ATTACKS and the steps in it: pgd20 is ("pgd<steps>", 20), cw is ("cw", 0)."""
+    numbered = re.fullmatch(r"([a-z]+)([1-9][0-9]{0,3})", name)
+    if numbered is None:
+        return name, 0
+    return f"{numbered[1]}<steps>", int(numbered[2])
+
+
+def find_attack(name):
+    """The attack called `name`, such as cw or pgd20, with its steps among its settings. None if there is none."""
+    key, steps = split_name(name)
+    attack = ATTACKS.get(key)
+    if attack is None or "<" in name:
+        return None
+    if not steps:
+        return attack
+    settings = {"steps": steps, **attack.settings}
+    return attack._replace(title=attack.title.replace("<steps>", str(steps)), settings=settings)
+
+
+# The attacks
 
 
 @torch.no_grad()
-def correct(model, x, y):
+def is_correct(model, x, y):
     """Whether argmax model(x) = y, (B,) bool, for images (B, 3, H, W). Raises UserError if a logit is not finite."""
     logits = model(x)  # (B, C)
     if not logits.isfinite().all():
@@ -43,50 +114,20 @@ def correct(model, x, y):
     return logits.argmax(1) == y
 
 
-def pgd(model, x, y, start, **budget):
-    """PGD on CE(., y) that moves only the images still classified as y, so an image once fooled stays fooled. Images
-    and start (B, 3, H, W) in [0, 1], y (B,); `budget` is epsilon, step_size and steps; returns x_adv. Source: DYNAT,
-    auto_attack_eval1.py, attack_pgd."""
-    objective = lambda z: F.cross_entropy(z, y, reduction="sum")
-    return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, **budget)
-
-
-def cw(model, x, y, start, **budget):
-    """The same loop on C&W's margin, max_{c != y} z_c - z_y, with kappa = 0. Source: auto_attack_eval1.py,
-    cw_Linf_attack."""
-    objective = lambda z: -margin(z, y).sum()
-    return linf_pgd(model, x, start, objective, active=lambda z: z.argmax(1) == y, **budget)
-
-
-def drop_fooled(attack, model, x, y, start, *, steps, **budget):
-    """What `attack`, pgd or cw, makes of a batch, but for rounding: an image that is fooled leaves the batch at once.
-    Arguments as of `pgd`."""
-    x_adv = start.clone()
-    active = torch.arange(len(y), device=x.device)
-    for _ in range(steps):
-        logits = []
-
-        def watched(images, logits=logits):
-            logits.append(model(images))  # (B, C)
-            return logits[0]
-
-        x_adv[active] = attack(watched, x[active], y[active], x_adv[active], steps=1, **budget)
-        active = active[logits[0].argmax(1) == y[active]]  # the step's one wait for the device
-        if not len(active):
-            break
-    return x_adv
-
-
-def starts(x, indices, epsilon, key):
+def uniform_starts(x, indices, epsilon, key):
     """A uniform start for each image. It depends on `key` and the image's index in the test set alone, not on the batch
     or on what was attacked before. Images x (B, 3, H, W), indices (B,) int64 on the CPU."""
-    blocks, block_of = (indices // BLOCK).unique(return_inverse=True)
-    slots = (block_of * BLOCK + indices % BLOCK).to(x.device)
-    start = x.new_zeros(len(blocks) * BLOCK, *x.shape[1:])
-    start[slots] = x
-    for block, rows in zip(blocks.tolist(), start.split(BLOCK), strict=True):
-        rows.copy_(uniform_start(rows, epsilon, make_generator(x.device, *key, block)))
-    return torch.empty_like(x).copy_(start[slots])  # in the memory format of x
+    start = torch.empty_like(x)  # in the memory format of x
+    block_of = indices // BLOCK
+    for block in block_of.unique().tolist():
+        rows = (block_of == block).nonzero().squeeze(1)
+        places = (indices[rows] % BLOCK).to(x.device)
+        rows = rows.to(x.device)
+        whole = x.new_zeros(BLOCK, *x.shape[1:])  # noise is drawn for all images of the block, attacked or not
+        whole[places] = x[rows]
+        generator = make_generator(x.device, *key, block)
+        start[rows] = uniform_start(whole, epsilon, generator)[places]
+    return start
 
 
 def auto_attack(model, stage, x, y, *, epsilon, seed):
@@ -130,102 +171,118 @@ def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
         radius += 1e-6  # FAB measures |x_adv - x|, which rounds
         generator = make_generator("cpu", seed, name, int(indices[0]))
         x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=generator.initial_seed())
-    elif name == "fgsm":  # Goodfellow et al. (2015): x + epsilon * sign(grad CE), clamped to [0, 1]
-        x_adv = pgd(model, x, y, x, epsilon=epsilon, step_size=epsilon, steps=1)
     else:
-        attack, steps = (cw, SETTINGS["cw"]["steps"]) if name == "cw" else (pgd, int(name.removeprefix("pgd")))
-        start = starts(x, indices, epsilon, (seed, name))
-        x_adv = drop_fooled(attack, model, x, y, start, epsilon=epsilon, step_size=step_size, steps=steps)
+        attack = find_attack(name)
+        budget = {"epsilon": epsilon, "steps": attack.settings["steps"]}
+        if attack.takes_step_size:
+            budget["step_size"] = step_size
+        start = uniform_starts(x, indices, epsilon, (seed, name))
+        x_adv = attack.function(model, x, y, start, **budget)
     allowed = (x_adv >= x - radius) & (x_adv <= x + radius) & (x_adv >= 0) & (x_adv <= 1)
     if not allowed.all():  # false for NaN as well
         raise UserError(f"{name} left the epsilon ball or [0, 1], or met a NaN: are the weights finite?")
     return x_adv
 
 
-def still_correct(model, images, indices, attack, *, epsilon, step_size, batch_size, seed):
+def correct_under_attack(model, images, indices, attack, *, epsilon, step_size, batch_size, seed):
     """Which of the images at `indices`, (M,) int64 on the CPU, are classified as their label under `attack` in eval
     mode: (M,) bool on the CPU. Raises UserError if a logit is not finite."""
+    if len(indices) == 0:
+        return torch.zeros(0, dtype=torch.bool)
     budget = {"epsilon": epsilon, "step_size": step_size, "seed": seed}
     layout = memory_format(images.x.device, "fp32")
-    masks = [torch.zeros(0, dtype=torch.bool)]
+    masks = []
     with eval_mode(model):
-        for batch in indices.split(batch_size) if len(indices) else ():
+        for batch in indices.split(batch_size):
             selected = images.select(batch.to(images.y.device))
-            x_adv = attack_batch(model, attack, to_float(selected.x, layout), selected.y, batch, **budget)
-            masks.append(correct(model, x_adv, selected.y).cpu())
+            x = to_float(selected.x, layout)
+            x_adv = attack_batch(model, attack, x, selected.y, batch, **budget)
+            masks.append(is_correct(model, x_adv, selected.y).cpu())
     return torch.cat(masks)
 
 
+# The matrix
+
+
 class Column(NamedTuple):
-    """A column of the matrix: an attack, or a stage of AutoAttack, on a network and the first n images."""
+    """A column of the matrix: an attack, or a stage of AutoAttack, on a network and the first n images. Only images
+    that are still correct in the column `before` are attacked."""
 
     network: str  # target or guide
     attack: str
     epsilon: float | None
     n: int
+    before: int | None  # its place in the list of columns
 
 
 def plan_columns(roles, attacks, total):
-    """The columns behind each asked attack: {(network, attack): [clean, ...]}. Each attacks the images that are still
-    correct in the one before. AutoAttack's versions share theirs. `attacks` is {name: (number of images, epsilon)},
-    `total` the number of all images."""
-    chains = {}
+    """The columns of the evaluation, in order, and which of them are an attack's: {(network, attack): their places}.
+
+    These are the clean column and the attack's own, or one for each of its stages of AutoAttack; attacks of equal
+    epsilon and images share their first stages. `attacks` is {name: (number of images, epsilon)}, `total` the number of
+    all images."""
+    columns, places = [], {}
     for role in roles:
+        clean = len(columns)
+        columns.append(Column(role, "clean", None, total, None))
         for name, (n, epsilon) in attacks.items():
-            stages = AUTO_ATTACK.get(name, [] if name == "clean" else [name])
-            attacked = [Column(role, stage, epsilon, n) for stage in stages]
-            chains[role, name] = [Column(role, "clean", None, total), *attacked]
-    return chains
+            places[role, name] = [clean]
+            if name == "clean":
+                continue
+            for stage in find_attack(name).stages or [name]:
+                column = Column(role, stage, epsilon, n, before=places[role, name][-1])
+                if column not in columns:
+                    columns.append(column)
+                places[role, name].append(columns.index(column))
+    return columns, places
 
 
-def attack_columns(networks, chains, images, indices, *, step_size, seed):
-    """The matrix's rows for the images at `indices`, as a progress file holds them: "rows" (of an image, a 0 or 1 per
-    column), "seconds" (per column) and AutoAttack's "warnings"."""
-    masks, seconds, warnings = {}, [], []
-    for chain in chains.values():
-        active = torch.ones(len(indices), dtype=torch.bool)
-        for column in chain:
-            if column not in masks:
-                began = time.perf_counter()
-                active = active & (indices < column.n)
-                masks[column] = torch.zeros_like(active)
-                with sanity_warnings() as sentences:
-                    masks[column][active] = still_correct(
-                        networks[column.network], images, indices[active], column.attack,
-                        epsilon=column.epsilon, step_size=step_size, batch_size=len(indices), seed=seed,
-                    )  # fmt: skip
-                where = f"{column.network}: AutoAttack on images {indices[0]} to {indices[-1]}"
-                warnings += [f"{where}: {sentence}" for sentence in sentences]
-                seconds.append(time.perf_counter() - began)
-            active = masks[column]
-    rows = torch.stack(list(masks.values()), 1).int().tolist()
-    return {"rows": ["".join(map(str, row)) for row in rows], "seconds": seconds, "warnings": warnings}
+def attack_columns(networks, columns, images, indices, *, step_size, seed):
+    """The masks of the columns for one batch, the images at `indices`, as a progress file holds them: "masks" (a string
+    of 0 and 1 per column), "seconds" (per column) and AutoAttack's "warnings"."""
+    masks, seconds, warnings = [], [], []
+    for column in columns:
+        began = time.perf_counter()
+        attacked = indices < column.n
+        if column.before is not None:
+            attacked = attacked & masks[column.before]
+        mask = torch.zeros_like(attacked)
+        with sanity_warnings() as sentences:
+            mask[attacked] = correct_under_attack(
+                networks[column.network], images, indices[attacked], column.attack,
+                epsilon=column.epsilon, step_size=step_size, batch_size=len(indices), seed=seed,
+            )  # fmt: skip
+        masks.append(mask)
+        seconds.append(time.perf_counter() - began)
+        where = f"{column.network}: AutoAttack on images {indices[0]} to {indices[-1]}"
+        warnings += [f"{where}: {sentence}" for sentence in sentences]
+    strings = ["".join(map(str, mask.int().tolist())) for mask in masks]
+    return {"masks": strings, "seconds": seconds, "warnings": warnings}
 
 
-def matrix_of(chains, batches):
-    """({column: mask over the images of the batches}, {column: seconds}). Raises LookupError, TypeError, ValueError or
-    RuntimeError if the batches are not of these columns."""
-    columns = {column: None for chain in chains.values() for column in chain}  # in order
-    bits = "".join(row for batch in batches for row in batch["rows"]).encode()
-    masks = torch.frombuffer(bytearray(bits), dtype=torch.uint8).view(-1, len(columns)) == ord("1")
-    seconds = torch.tensor([batch["seconds"] for batch in batches], dtype=torch.float64).sum(0).tolist()
-    return dict(zip(columns, masks.T, strict=True)), dict(zip(columns, seconds, strict=True))
+def read_masks(records):
+    """What `attack_columns` found in all batches so far: masks (columns, images) bool."""
+    rows = []
+    for strings in zip(*(record["masks"] for record in records), strict=True):
+        rows.append([bit == "1" for bit in "".join(strings)])
+    return torch.tensor(rows)
 
 
-def collect_warnings(chains, masks, batches):
+def collect_warnings(columns, places, masks, records):
     """What AutoAttack's own checks found, of sentences that differ in numbers alone the first. The check of Square,
     whether it fooled many images that the other stages had left, needs the whole test set."""
-    sentences = [sentence for batch in batches for sentence in batch["warnings"]]
-    for (role, name), chain in chains.items():
-        if name == "aa":
+    sentences = [sentence for record in records for sentence in record["warnings"]]
+    for (role, name), behind in places.items():
+        if "square" in find_attack(name).stages:
             from pyautoattack.checks import check_square_sr
 
-            accuracies = {column.attack: masks[column][: column.n].double().mean().item() for column in chain[1:]}
-            accuracies["clean"] = masks[chain[0]][: chain[-1].n].double().mean().item()
+            n = columns[behind[-1]].n
+            accuracies = {columns[place].attack: masks[place][:n].double().mean().item() for place in behind}
             with sanity_warnings() as found:
                 check_square_sr(accuracies, logger=LOGGER)
             sentences += [f"{role}: AutoAttack: {sentence}" for sentence in found]
     kinds = {}
     for sentence in sentences:
-        kinds.setdefault(re.sub(r"\d+", "", sentence), sentence)
+        without_numbers = re.sub(r"\d+", "", sentence)
+        kinds.setdefault(without_numbers, sentence)
     return list(kinds.values())

@@ -32,7 +32,7 @@ from cli import Progress, UserError, exit_status, numerics, provenance
 from data import check_classes, class_balanced_subset, hold_out, load_images, make_generator, train_batches
 from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
 from models import build_model
-from robustness import still_correct
+from robustness import correct_under_attack
 from settings import ATTACK, learning_rate, parse, resolve, resumed_settings, run_name
 from speed import FastNetwork, memory_format, tf32, update_ema
 from variants import awp, fat, gairat, lbgat, mail, mart, pgd_at, sat, trades
@@ -271,7 +271,7 @@ def accuracy(model, images, attack, settings):
     """The share of images that are classified as their label under `attack`. Each rank attacks its part of them."""
     indices = torch.arange(len(images.y))[distributed.shard(len(images.y))]
     attack_settings = {name: settings[name] for name in ("epsilon", "step_size", "seed")}
-    correct = still_correct(model, images, indices, attack, **attack_settings, batch_size=256)
+    correct = correct_under_attack(model, images, indices, attack, **attack_settings, batch_size=256)
     (hits,) = distributed.all_reduce(correct.sum())
     return int(hits) / len(images.y)
 

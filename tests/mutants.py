@@ -157,12 +157,12 @@ GOLDEN = [
     ("losses.mail_weights", "bias: float = -0.5", "bias: float = 0.5", "mail_at"),
     ("losses.mail_weights", "adv_logits.detach()", "adv_logits", "mail_at"),
     ("losses.mail_weights", "probability_gap(", "-probability_gap(", "mail_at"),
-    ("robustness.pgd", "active=lambda z: z.argmax(1) == y", "active=None", "eval_pgd10"),
-    ("robustness.pgd", 'F.cross_entropy(z, y, reduction="sum")', "-margin(z, y).sum()", "eval_pgd10"),
-    ("robustness.pgd", "active=lambda z: z.argmax(1) == y", "active=None", "eval_pgd20"),
-    ("robustness.pgd", 'F.cross_entropy(z, y, reduction="sum")', "-margin(z, y).sum()", "eval_pgd20"),
-    ("robustness.cw", "active=lambda z: z.argmax(1) == y", "active=None", "eval_cw20"),
-    ("robustness.cw", "-margin(z, y).sum()", 'F.cross_entropy(z, y, reduction="sum")', "eval_cw20"),
+    ("attacks.pgd", "active=active or still_correct", "active=None", "eval_pgd10"),
+    ("attacks.pgd", 'F.cross_entropy(logits, y, reduction="sum")', "-margin(logits, y).sum()", "eval_pgd10"),
+    ("attacks.pgd", "active=active or still_correct", "active=None", "eval_pgd20"),
+    ("attacks.pgd", 'F.cross_entropy(logits, y, reduction="sum")', "-margin(logits, y).sum()", "eval_pgd20"),
+    ("attacks.cw", "active=active or still_correct", "active=None", "eval_cw20"),
+    ("attacks.cw", "-margin(logits, y).sum()", 'F.cross_entropy(logits, y, reduction="sum")', "eval_cw20"),
 ]  # fmt: skip
 GOLDEN_TESTS = [
     (test_golden.UPDATES, test_golden.test_the_update_agrees_with_the_release),
@@ -270,10 +270,10 @@ def test_a_property_notices(name, old, new, test, method):
 
 
 @pytest.mark.parametrize(("name", "old", "new"), [
-    ("robustness.pgd", "active=lambda z: z.argmax(1) == y", "active=None"),
-    ("robustness.cw", "active=lambda z: z.argmax(1) == y", "active=None"),
-    ("robustness.cw", "-margin(z, y)", "margin(z, y)"),
-    ("robustness.pgd", "F.cross_entropy(z, y,", "-F.cross_entropy(z, y,"),
+    ("attacks.pgd", "active=active or still_correct", "active=None"),
+    ("attacks.cw", "active=active or still_correct", "active=None"),
+    ("attacks.cw", "-margin(logits, y)", "margin(logits, y)"),
+    ("attacks.pgd", "F.cross_entropy(logits, y,", "-F.cross_entropy(logits, y,"),
 ])  # fmt: skip
 def test_an_attack_that_moves_fooled_images_or_the_wrong_way_is_noticed(request, name, old, new):
     attack, arguments = pkgutil.resolve_name(name), map(request.getfixturevalue, ("model", "images"))

@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import sys
-from itertools import pairwise, product
+from itertools import product
 from unittest import mock
 
 import numpy as np
@@ -16,6 +16,7 @@ from cases import counted_accuracy
 from torch import nn
 from torchvision.transforms import Normalize
 
+import attacks
 import checkpoints
 import cli
 import evaluate
@@ -25,7 +26,6 @@ from attacks import uniform_start
 from cli import UserError
 from data import class_balanced_subset, load_images, make_generator, to_float
 from models import build_model
-from robustness import Column
 
 BUDGET = {"epsilon": 8 / 255, "step_size": 2 / 255}
 
@@ -55,7 +55,9 @@ def images():
 
 def mask_under(model, images, name, indices=slice(None), **settings):
     indices = torch.arange(len(images.y))[indices]
-    return robustness.still_correct(model, images, indices, name, **{**BUDGET, "batch_size": 20, "seed": 0, **settings})
+    return robustness.correct_under_attack(
+        model, images, indices, name, **{**BUDGET, "batch_size": 20, "seed": 0, **settings}
+    )
 
 
 def check_stays_fooled(attack, model, images):
@@ -63,36 +65,45 @@ def check_stays_fooled(attack, model, images):
     x, y = to_float(images.x), images.y
     start = before = uniform_start(x, 8 / 255, make_generator("cpu", 0))
     for steps in (1, 2, 4):
-        fooled = ~robustness.correct(model, before, y)
+        fooled = ~robustness.is_correct(model, before, y)
         after = attack(model, x, y, start, **BUDGET, steps=steps)
         assert fooled.any() and torch.equal(after[fooled], before[fooled])
         before = after
-    assert robustness.correct(model, after, y).sum() < robustness.correct(model, start, y).sum() - 5
+    assert robustness.is_correct(model, after, y).sum() < robustness.is_correct(model, start, y).sum() - 5
 
 
-@pytest.mark.parametrize("attack", [robustness.pgd, robustness.cw])
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.cw])
 def test_a_fooled_image_stays_fooled(attack, model, images):
     check_stays_fooled(attack, model, images)
 
 
-def test_fgsm_is_one_step_of_epsilon_uphill(model, images):
-    x = to_float(images.x)
+def test_fgsm_is_one_step_of_epsilon_from_the_image_itself(model, images):
+    x = to_float(images.x).requires_grad_()
     y = model(x).argmax(1)  # a mistake would not be moved
-    x_adv = robustness.attack_batch(model, "fgsm", x, y, torch.arange(40), **BUDGET, seed=0)
-    assert torch.allclose((x_adv - x).abs()[(x > 0.1) & (x < 0.9)].median(), torch.tensor(8 / 255))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
+    x_adv = robustness.attack_batch(model, "fgsm", x.detach(), y, torch.arange(40), **BUDGET, seed=0)
+    assert torch.allclose(x_adv, (x + 8 / 255 * gradient.sign()).clamp(0, 1))
     assert F.cross_entropy(model(x_adv), y) > F.cross_entropy(model(x), y) + 0.1
 
 
-@pytest.mark.parametrize(("name", "attack", "steps"), [("pgd4", robustness.pgd, 4), ("cw", robustness.cw, 20)])
+def test_a_name_is_an_attack_of_the_table():
+    assert (
+        robustness.find_attack("pgd7").title == "PGD-7" and robustness.find_attack("pgd9999").settings["steps"] == 9999
+    )
+    for name in ("pgd0", "pgd07", "pgd10000", "pgd", "pgd<steps>", "cw3", "aa-slow", "apgd-ce", "PGD7", ""):
+        assert robustness.find_attack(name) is None, name
+
+
+@pytest.mark.parametrize(("name", "attack", "steps"), [("pgd4", attacks.pgd, 4), ("cw", attacks.cw, 20)])
 def test_starts_depend_on_seed_attack_and_index_alone(name, attack, steps, model, images):
     """They are the uniform starts of blocks of 32 images, whichever images are attacked."""
     x, indices, key = to_float(images.x), torch.arange(40), (3, name)
     blocks = [torch.rand(32, 3, 32, 32, generator=make_generator("cpu", *key, block)) for block in (0, 1)]
     starts = (x + 8 / 255 * (2 * torch.cat(blocks)[:40] - 1)).clamp(0, 1)
     for part in (slice(40), slice(7, 9), slice(30, 40), [39, 2, 33, 0]):
-        found = robustness.starts(x[part], indices[part], 8 / 255, key)
+        found = robustness.uniform_starts(x[part], indices[part], 8 / 255, key)
         assert torch.equal(found, starts[part]) and found.is_contiguous(memory_format=torch.channels_last)
-    x_adv = robustness.drop_fooled(attack, model, x, images.y, starts, **BUDGET, steps=steps)
+    x_adv = attacks.drop_fooled(attack, model, x, images.y, starts, **BUDGET, steps=steps)
     assert torch.equal(robustness.attack_batch(model, name, x, images.y, indices, **BUDGET, seed=3), x_adv)
 
 
@@ -104,24 +115,24 @@ def alone(model):
     return model
 
 
-@pytest.mark.parametrize(("attack", "steps"), [(robustness.pgd, 1), (robustness.pgd, 4), (robustness.cw, 3)])
+@pytest.mark.parametrize(("attack", "steps"), [(attacks.pgd, 1), (attacks.pgd, 4), (attacks.cw, 3)])
 def test_dropping_fooled_images_is_the_plain_attack_without_forwards_in_vain(attack, steps, alone, images):
     x, y, watched = to_float(images.x), images.y, mock.Mock(side_effect=alone)
     budget = {"epsilon": 8 / 255, "step_size": 1 / 255}
-    start = robustness.starts(x, torch.arange(40), 8 / 255, (0, "any"))
+    start = robustness.uniform_starts(x, torch.arange(40), 8 / 255, (0, "any"))
     iterates = [attack(alone, x, y, start, **budget, steps=step) for step in range(steps + 1)]
-    correct = torch.stack([robustness.correct(alone, x_adv, y) for x_adv in iterates])
-    assert torch.equal(robustness.drop_fooled(attack, watched, x, y, start, **budget, steps=steps), iterates[-1])
+    correct = torch.stack([robustness.is_correct(alone, x_adv, y) for x_adv in iterates])
+    assert torch.equal(attacks.drop_fooled(attack, watched, x, y, start, **budget, steps=steps), iterates[-1])
     sizes = [len(call.args[0]) for call in watched.call_args_list]
     assert sizes == [40, *correct.sum(1).tolist()][:steps]
     assert steps == 1 or len(set(sizes)) > 2, "images are fooled in several steps"
     x, y, start = x[~correct[0]], y[~correct[0]], start[~correct[0]]  # fooled already
-    assert torch.equal(robustness.drop_fooled(attack, watched, x, y, start, **budget, steps=9), start)
+    assert torch.equal(attacks.drop_fooled(attack, watched, x, y, start, **budget, steps=9), start)
     assert watched.call_count == steps + 1
 
 
 @pytest.mark.parametrize("name", ["clean", "fgsm", "pgd4", "cw"])
-def test_still_correct_depends_on_neither_batch_size_nor_selection(name, alone, images):
+def test_correct_under_attack_depends_on_neither_batch_size_nor_selection(name, alone, images):
     judge = lambda **settings: mask_under(alone, images, name, step_size=1 / 255, **settings)
     mask, indices = judge(batch_size=1000), torch.tensor([3, 39, 31, 32, 8])
     assert mask.shape == (40,) and mask.dtype == torch.bool and 0 < mask.sum() < 40
@@ -197,7 +208,7 @@ def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(st
         patch.setattr(sys, "settrace", mock.Mock())
         x_adv = draw(0)
         assert sys.settrace.call_args.args == ("a debugger's",), "the package ended its trace"
-    fooled = ~robustness.correct(model, x_adv, y)
+    fooled = ~robustness.is_correct(model, x_adv, y)
     assert fooled.sum() >= 4 and torch.equal(x_adv[~fooled], x[~fooled])
     assert torch.equal(x_adv, draw(0)) and torch.equal(torch.get_rng_state(), random_state)
     if stage != "fab-t":  # whose one restart is no random one
@@ -205,11 +216,11 @@ def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(st
 
 
 def masks_of(model, images, attacks):
-    """The columns behind each attack, the mask of each column, and the warnings."""
+    """The columns, their places by attack, their masks, and the warnings."""
     indices = torch.arange(len(images.y))
-    chains = robustness.plan_columns(["target"], attacks, len(indices))
-    batch = robustness.attack_columns({"target": model}, chains, images, indices, step_size=0, seed=0)
-    return chains, robustness.matrix_of(chains, [batch])[0], batch["warnings"]
+    columns, places = robustness.plan_columns(["target"], attacks, len(indices))
+    record = robustness.attack_columns({"target": model}, columns, images, indices, step_size=0, seed=0)
+    return columns, places, robustness.read_masks([record]), record["warnings"]
 
 
 NOISY = lambda _, __, logits: logits + 0.1 * torch.randn_like(logits)
@@ -235,19 +246,19 @@ def test_what_auto_attacks_own_checks_find_is_heard(name, model, images, monkeyp
     register, change, attacks, sentence = SUSPECTS[name]
     getattr(model, register)(change)
     planned = dict.fromkeys(attacks.split(","), (8, 8 / 255))
-    _, _, warnings = masks_of(model, images.select(slice(0, 8)), planned)
+    *_, warnings = masks_of(model, images.select(slice(0, 8)), planned)
     assert all(warning.startswith("target: AutoAttack on images 0 to 7: ") for warning in warnings)
     assert warnings == [] if sentence is None else any(sentence in warning for warning in warnings), warnings
 
 
 def test_the_check_of_square_sees_the_whole_test_set():
     """Four batches of 250; Square fools two images of the first and none of the others: not 0.2 %. With three it is."""
-    chain = [Column("target", attack, 0.1, 1000) for attack in ("clean", *robustness.STAGES)]
+    columns, places = robustness.plan_columns(["target"], {"aa": (1000, 0.1)}, 1000)
     for fooled, heard in ((2, False), (3, True)):
-        masks = {column: torch.arange(1000) < 500 for column in chain[:-1]}
-        masks[chain[-1]] = (torch.arange(1000) < 500) & (torch.arange(1000) >= fooled)
-        batches = [{"warnings": [f"target: there are {points} points!"]} for points in (3, 4)]
-        points, *square = robustness.collect_warnings({("target", "aa"): chain}, masks, batches)
+        masks = (torch.arange(1000) < 500).repeat(5, 1)
+        masks[-1, :fooled] = False
+        records = [{"warnings": [f"target: there are {points} points!"]} for points in (3, 4)]
+        points, *square = robustness.collect_warnings(columns, places, masks, records)
         assert points == "target: there are 3 points!" and len(square) == heard
         assert all("target: AutoAttack: Square Attack has decreased" in sentence for sentence in square)
 
@@ -266,7 +277,7 @@ def fake_auto_attack(monkeypatch, batch=math.inf, accident=None):
         calls.append((stage, x.numpy().tobytes(), seed))
         start = uniform_start(x, epsilon, make_generator("cpu", seed))
         step_size = epsilon * {"apgd-ce": 0.1, "apgd-t": 0.3, "fab-t": 0.5, "square": 0}[stage]
-        return robustness.cw(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=1)
+        return attacks.cw(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=1)
 
     monkeypatch.setattr(robustness, "auto_attack", attack)
     return calls
@@ -276,17 +287,17 @@ def test_only_images_that_are_still_correct_are_attacked_and_stages_are_shared(m
     """Also by "paper": AutoAttack with an epsilon of its own on the first images."""
     calls = fake_auto_attack(monkeypatch)
     attacks = {"pgd2": (40, 8 / 255), "apgd": (40, 8 / 255), "aa": (40, 8 / 255), "aa-fast": (25, 0.031)}
-    chains, masks, _ = masks_of(model, images, attacks)
-    columns = ["clean", "pgd2", *robustness.STAGES, "apgd-ce", "apgd-t"]
-    assert [column.attack for column in masks] == columns and chains["target", "apgd"] == chains["target", "aa"][:2]
-    x, attacked = to_float(images.x), {}
-    for chain in chains.values():
-        for before, column in pairwise(chain):
-            assert not (masks[column] & ~masks[before]).any() and not masks[column][column.n :].any()
-            if column.attack in robustness.STAGES:
-                attacked[column] = x[masks[before] & (torch.arange(40) < column.n)].numpy().tobytes()
-    assert [call[:2] for call in calls] == [(column.attack, selected) for column, selected in attacked.items()]
-    clean, *_, aa = (masks[column] for column in chains["target", "aa"])
+    columns, places, masks, _ = masks_of(model, images, attacks)
+    assert [column.attack for column in columns] == ["clean", "pgd2", *robustness.STAGES, "apgd-ce", "apgd-t"]
+    assert places["target", "apgd"] == places["target", "aa"][:2] == [0, 2]
+    x, attacked = to_float(images.x), []
+    for column, mask in zip(columns[1:], masks[1:], strict=True):
+        before = masks[column.before] & (torch.arange(40) < column.n)
+        assert not (mask & ~before).any()
+        if column.attack in robustness.STAGES:
+            attacked.append((column.attack, x[before].numpy().tobytes()))
+    assert [call[:2] for call in calls] == attacked
+    clean, *_, aa = masks[places["target", "aa"]]
     assert aa.sum() < clean.sum() == round(40 * counted_accuracy(model, images)) < 40
 
 
@@ -462,7 +473,7 @@ def test_an_interrupted_evaluation_resumes_to_the_same_figures(run, tmp_path, in
     expected = fake_auto_attack(monkeypatch)
     assert evaluated(capsys, run / "last.pt", *AA, "--json", whole)[0] == 0
     _, second, third = (number for number, call in enumerate(expected) if call[0] == "apgd-ce")
-    progress.write_bytes(progress.read_bytes() + b'{"rows": ["01')
+    progress.write_bytes(progress.read_bytes() + b'{"masks": ["01')
     calls = fake_auto_attack(monkeypatch, 2, mock.Mock(side_effect=KeyboardInterrupt))
     status, _, err = evaluated(capsys, *command, "--resume")
     assert (status, err) == (130, ["interrupted: 32 of 40 images are done; to go on, add --resume"])
@@ -496,11 +507,17 @@ DAMAGE = {  # the lines of the file instead of a head and a batch of 16 images
     "a text of somebody's": lambda head, batch: ["mine"],
     "another kind of head": lambda head, batch: [{"evaluation": []}, batch],
     "another list": lambda head, batch: [head, [1, 2]],
-    "too many batches": lambda head, batch: [head, batch, batch, {**batch, "rows": batch["rows"][:8]}, batch],
-    "an image less": lambda head, batch: [head, {**batch, "rows": batch["rows"][1:]}],
-    "a column less": lambda head, batch: [head, {**batch, "rows": [row[1:] for row in batch["rows"]]}],
-    "another bit": lambda head, batch: [head, {**batch, "rows": ["2" * len(row) for row in batch["rows"]]}],
-    "a longer row": lambda head, batch: [head, {**batch, "rows": [batch["rows"][0] * 2, "", *batch["rows"][2:]]}],
+    "too many batches": lambda head, batch: [
+        head,
+        batch,
+        batch,
+        {**batch, "masks": [m[:8] for m in batch["masks"]]},
+        batch,
+    ],
+    "an image less": lambda head, batch: [head, {**batch, "masks": [mask[1:] for mask in batch["masks"]]}],
+    "a column less": lambda head, batch: [head, {**batch, "masks": batch["masks"][1:]}],
+    "another bit": lambda head, batch: [head, {**batch, "masks": ["2" * len(mask) for mask in batch["masks"]]}],
+    "a longer mask": lambda head, batch: [head, {**batch, "masks": [batch["masks"][0] * 2, *batch["masks"][1:]]}],
     "negative seconds": lambda head, batch: [head, {**batch, "seconds": [-1.0] * len(batch["seconds"])}],
     "NaN seconds": lambda head, batch: [head, {**batch, "seconds": [math.nan] * len(batch["seconds"])}],
     "warnings in numbers": lambda head, batch: [head, {**batch, "warnings": [1]}],

@@ -97,7 +97,7 @@ def test_a_table_row_is_the_json_and_the_papers_row_stands_below(tmp_path):
     ours, paper = cells(text)
     for attack, hits in CORRECT.items():
         low, high = percent_interval(hits, 1000)
-        assert ours[figures.ATTACKS[attack]] == f"{hits / 10:.2f} [{low:.2f}, {high:.2f}]"
+        assert ours[figures.attack_title(attack)] == f"{hits / 10:.2f} [{low:.2f}, {high:.2f}]"
     assert (ours["Method"], ours["All"], ours["Epoch"]) == ("ours/mine $x$", "51.26", "76")
     assert [*paper.values()][2:] == ["89.16", "52.88", "51.78", "51.49", "50.88", "49.20", "51.25"]
     assert "dataset cifar10, target wrn34-10, guide resnet18" in text and "AA, ε = 8/255, n = 1,000" in text

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import assert_close, assert_state, golden_cases, golden_files, joint_sgd, step_arguments, tiny_net
 
+import attacks
 import robustness
 from attacks import counting_pgd, eval_mode, linf_pgd, weight_perturbation
 from losses import gairat_weights, kl_divergence, mail_weights, probability_gap, trades_loss
@@ -227,7 +228,7 @@ def test_the_attack_agrees_with_the_release(file, name):
     assert_close(x_adv, case["x_adv"], 1e-12, "x_adv")
 
 
-EVALUATION_ATTACKS = {"eval_pgd10": robustness.pgd, "eval_pgd20": robustness.pgd, "eval_cw20": robustness.cw}
+EVALUATION_ATTACKS = {"eval_pgd10": attacks.pgd, "eval_pgd20": attacks.pgd, "eval_cw20": attacks.cw}
 
 
 @each_file
@@ -236,6 +237,6 @@ def test_the_evaluation_attack_agrees_with_the_release(file, name):
     case = golden_cases(file)[name]
     target, x, y = tiny_net(case["target_before"]).eval(), case["x"], case["y"]
     x_adv = EVALUATION_ATTACKS[name](target, x, y, case["x_init"], **budget(case["hp"]))
-    assert torch.equal(robustness.correct(target, x, y), case["correct_clean"])
+    assert torch.equal(robustness.is_correct(target, x, y), case["correct_clean"])
     assert_close(x_adv, case["x_adv"], 1e-12, "x_adv")
-    assert torch.equal(robustness.correct(target, x_adv, y), case["correct_adv"])
+    assert torch.equal(robustness.is_correct(target, x_adv, y), case["correct_adv"])
