@@ -2,31 +2,46 @@
 
 Every set lives on the device as uint8 (N, 3, 32, 32); batches are cropped, flipped and turned into [0, 1] there.
 All random draws come from `make_generator(device, seed, ...)`: they depend on the seed, the epoch and the step alone.
-Of this project it imports `checkpoints` and `cli`.
+Of this project it imports `checkpoints`, `cli` and `image_files`.
 """
 
 import contextlib
 import hashlib
+import re
 import sys
-import warnings
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, features
 from torchvision import datasets
-from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
+from torchvision.datasets.utils import check_integrity
 
 import checkpoints
-from cli import UserError, check_file, first_line
+import image_files
+from cli import Progress, UserError, check_file, first_line
+from image_files import SIDE
 
 DATASETS = ("cifar10", "cifar100", "folder", "tiny")
-SIDE = 32  # pixels
 TINY_SIZE = {"train": 3000, "test": 1000}  # images
+# Formats that Pillow registers, but which it cannot read by itself or which are no pictures.
+NO_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
+OTHER_SPLIT = {"train": "test", "test": "train"}
+OTHER_NAMES = {"train": ("training",), "test": ("val", "valid", "validation", "testing")}  # of folders
+# What other layouts hold, and two lines of Python, each after >>>, that make class folders in ROOT of their files.
+MAKE = "os.makedirs(f'ROOT/{y}', exist_ok=True)"
+LAYOUTS = {
+    "*.parquet": ">>> import os, pandas; t = pandas.read_parquet('FIRST') "
+    f">>> for i, (x, y) in enumerate(zip(t['image'], t['label'])): {MAKE}; "
+    "open(f'ROOT/{y}/{i}.png', 'wb').write(x['bytes'])",
+    "*.npy": ">>> import os, numpy; from PIL import Image; x, labels = numpy.load('FIRST'), numpy.load('LAST') "
+    f">>> for i, y in enumerate(labels.ravel()): {MAKE}; Image.fromarray(x[i]).save(f'ROOT/{{y}}/{{i}}.png')",
+    "*.csv": ">>> import csv, os; rows = list(csv.reader(open('FIRST')))[1:] "
+    f">>> for name, y, *_ in rows: {MAKE}; os.rename(f'ROOT/{{name}}SUFFIX', f'ROOT/{{y}}/{{name}}SUFFIX')",
+}
 
 
 class Images(NamedTuple):
@@ -129,10 +144,21 @@ def hold_out(images, count, seed):
 def check_classes(expected, found, source):
     """Raises UserError unless both lists of class names are equal; `source` says what has the expected ones."""
     if len(expected) != len(found):
-        raise UserError(f"{source} has {len(expected)} classes, but these images have {len(found)}")
+        lacking = [f"'{name}' is missing here" for name in expected if name not in found]
+        unknown = [f"'{name}' is only here" for name in found if name not in expected]
+        names = ", ".join((lacking + unknown)[:3])
+        raise UserError(f"{source} has {len(expected)} classes, but these images have {len(found)}: {names}")
     for before, now in zip(expected, found, strict=True):
         if before != now:
             raise UserError(f"{source} has other classes: '{before}' there is '{now}' here")
+
+
+def print_class_order(classes):
+    """Prints which label is which class: weights that come without names must have been trained in that order."""
+    print("labels: " + ", ".join(f"{label} = {name}" for label, name in enumerate(classes)))
+    as_numbers = lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    if classes != sorted(classes, key=as_numbers) and classes == sorted(classes):
+        print("note: numbers in these names are sorted as words: 10 comes before 2", file=sys.stderr)
 
 
 def load_images(dataset, split, data_dir=None):
@@ -153,31 +179,48 @@ def cifar(dataset, split, data_dir):
         with contextlib.redirect_stdout(None):
             found = reader(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError, EOFError) as error:  # offline, an unwritable folder, a download cut short
-        raise UserError(
-            f"{dataset} is not in '{data_dir}' and could not be downloaded ({first_line(error)}): go online once, "
-            f"or put {reader.filename} there"
-        ) from None
+        raise UserError(_why_no_cifar(reader, Path(data_dir), first_line(error))) from None
     x = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32) uint8
     return Images(x, torch.tensor(found.targets), list(found.classes))
 
 
-def folder(data_dir, split):
-    """A person's own images, `data_dir`/`split`/<class>/*, in any format that Pillow reads; classes are sorted by name.
+def _why_no_cifar(reader, data_dir, reason):
+    """What is wrong with the files that are there, or how to get them if there are none."""
+    archive, folder = data_dir / reader.filename, data_dir / reader.base_folder
+    published = [(archive, reader.tgz_md5), (folder / reader.meta["filename"], reader.meta["md5"])]
+    published += [(folder / name, md5) for name, md5 in (*reader.train_list, *reader.test_list)]
+    missing = [file for file, _ in published[1:] if not file.exists()]
+    get_it = f"go online once, or put {archive.name} into {data_dir}"
+    for file, md5 in published:
+        if file.exists() and not check_integrity(file, md5):
+            size = file.stat().st_size
+            return f"{file} ({size} bytes) is incomplete or another file: delete it and {get_it} ({reason})"
+    if archive.exists():
+        return f"{archive} could not be unpacked ({reason})"
+    if folder.exists() and missing:
+        return f"{missing[0]} is missing: {get_it} ({reason})"
+    return f"{reader.__name__.lower()} is not in '{data_dir}' and could not be downloaded ({reason}): {get_it}"
 
-    An image is rotated as its camera says, cut to its centre square, resized to 32x32 and made RGB. The decoded set is
-    kept in `data_dir`/.decoded and read from there until a file's name, size or time changes. Raises UserError if there
-    are no images, or one cannot be read."""
+
+def folder(data_dir, split):
+    """A person's own images, all below `data_dir`/`split`/<class>/ in any format that Pillow reads, as
+    `image_files.decode` reads them; classes are sorted by name.
+
+    The decoded set is kept in `data_dir`/.decoded and read from there until something changes on which it depends.
+    Raises UserError if there are no images, or one cannot be read."""
     if data_dir is None:
         raise UserError("--dataset folder needs --data-dir: a folder with train/<class>/ and test/<class>/ in it")
-    root = Path(data_dir) / split
-    classes = _class_names(root)
+    data_dir = Path(data_dir)
+    root = data_dir / split
+    classes = _class_names(data_dir, split)
     files, labels = _find_images(root, classes)
-    stamp = _stamp(files)
-    cache = Path(data_dir) / ".decoded" / f"{split}.pt"
+    stamp = _stamp(files, root)
+    cache = data_dir / ".decoded" / f"{split}.pt"
     x = _read_cache(cache, stamp, len(files))
     if x is None:
         x = _decode_all(files, root)
         _write_cache(cache, stamp, x)
+    _note_odd_pixels(x, files, root)
     return Images(x, torch.tensor(labels), classes)
 
 
@@ -186,74 +229,127 @@ def _visible(folder):
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _class_names(root):
-    """The names of the folders in `root`, one per class."""
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}: --data-dir must hold train/<class>/ and test/<class>/")
-    names = [entry.name for entry in _visible(root) if entry.is_dir()]
-    if len(names) < 2:
-        raise UserError(f"{root} holds {len(names)} class folders: at least two are needed, {root}/<class>/*")
-    return names
+def _class_names(data_dir, split):
+    """The names of the folders in `data_dir`/`split`, one per class."""
+    root = data_dir / split
+    names = []
+    if root.is_dir():
+        names = [entry.name for entry in _visible(root) if entry.is_dir()]
+    if len(names) >= 2:
+        return names
+    problem = f"there is no folder {root}"
+    if root.is_dir():
+        problem = f"{root} holds {len(names)} class folders: at least two are needed"
+    advice = _what_is_there(data_dir, split)
+    raise UserError(f"{problem}. --data-dir must hold train/<class>/* and test/<class>/*{advice}")
+
+
+def _what_is_there(data_dir, split):
+    """The end of an error: what `data_dir` holds instead of `split`/<class>/, and how to make class folders of it."""
+    if not data_dir.is_dir():
+        return ""
+    for name in OTHER_NAMES[split]:
+        if (data_dir / name).is_dir():
+            return f". {data_dir / name} is there: to use it, rename it to {split}"
+    root = data_dir / split
+    for pattern, lines in LAYOUTS.items():
+        files = sorted([*data_dir.glob(pattern), *data_dir.glob(f"*/{pattern}")])
+        files = [str(file) for file in files if OTHER_SPLIT[split] not in file.name.lower()]
+        if files:
+            suffixes = [file.suffix for file in root.glob("*.*")] or [".png"]
+            lines = lines.replace("FIRST", files[0]).replace("LAST", files[-1])
+            lines = lines.replace("ROOT", str(root)).replace("SUFFIX", suffixes[0])
+            return f". {files[0]} is there: two lines of Python make class folders of such files {lines}"
+    names = [entry.name for entry in _visible(root if root.is_dir() else data_dir)]
+    return f". It holds {', '.join(names[:5])}" if names else ""
 
 
 def _find_images(root, classes):
-    """(the image files of all classes, their labels). Says how many other entries are skipped."""
-    suffixes = Image.registered_extensions()
-    files, labels, skipped = [], [], 0
+    """(the image files of all classes, their labels). Says how many other files are skipped."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind not in NO_IMAGES}
+    files, labels, skipped = [], [], []
     for label, name in enumerate(classes):
-        entries = _visible(root / name)
-        images = [entry for entry in entries if entry.suffix.lower() in suffixes]
+        found = _files_below(root / name)
+        images = [file for file in found if file.suffix.lower() in suffixes]
         if not images:
             raise UserError(f"{root / name} holds no images")
         files += images
         labels += [label] * len(images)
-        skipped += len(entries) - len(images)
+        skipped += [file.suffix for file in found if file.suffix.lower() not in suffixes]
     for file in files:
         check_file(file)
     if skipped:
-        print(f"note: {skipped} entries below {root} are not images that Pillow reads: skipped", file=sys.stderr)
+        kinds = sorted({suffix or "no suffix" for suffix in skipped})
+        if len(kinds) > 5:
+            kinds[5:] = ["..."]
+        note = f"note: {len(skipped)} files below {root} are not images that Pillow reads: skipped"
+        print(f"{note} ({', '.join(kinds)})", file=sys.stderr)
     return files, labels
 
 
-def _stamp(files):
-    """A checksum of the files' names, sizes and times."""
-    digest = hashlib.sha256()
+def _files_below(folder, above=()):
+    """All files in a folder and its sub-folders, hidden ones left out."""
+    real = folder.resolve()
+    if real in above:  # a link to a folder that it is in
+        return []
+    files, folders = [], []
+    for entry in _visible(folder):
+        (folders if entry.is_dir() else files).append(entry)
+    for inner in folders:
+        files += _files_below(inner, (*above, real))
+    return files
+
+
+def _stamp(files, root):
+    """A checksum of all on which the decoded pixels depend: the rules, Pillow, its decoders and the files. A file's
+    content is known by its inode and its times; ctime cannot be set by hand."""
+    libraries = [features.version(name) for name in ("libjpeg_turbo", "zlib", "libtiff", "webp")]
+    digest = hashlib.sha256(Path(image_files.__file__).read_bytes())
+    digest.update(repr((PIL.__version__, libraries)).encode())
     for file in files:
         status = file.stat()
-        digest.update(repr((file.parent.name, file.name, status.st_size, status.st_mtime_ns)).encode())
+        known_by = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        digest.update(repr((str(file.relative_to(root)), known_by)).encode())
     return digest.hexdigest()
 
 
 def _decode_all(files, root):
-    """The images of `files`, (N, 3, 32, 32) uint8. Says how many have transparency."""
+    """The images of `files`, (N, 3, 32, 32) uint8. Says how many have transparent pixels."""
     x = torch.empty(len(files), 3, SIDE, SIDE, dtype=torch.uint8)
-    transparent = 0
-    for index, file in enumerate(tqdm(files, desc=f"decoding {root}", disable=None, leave=False)):
-        x[index], has_transparency = _decode(file)
-        transparent += has_transparency
+    done = transparent = 0
+    try:
+        with Progress(len(files), 0) as progress:
+            for pixels, count in image_files.decode_all(files):
+                x[done : done + len(pixels)] = torch.from_numpy(pixels)
+                done += len(pixels)
+                transparent += count
+                progress.advance(len(pixels), f"decoding {root}")
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if transparent:
-        print(f"note: {transparent} images below {root} store transparency: it is ignored", file=sys.stderr)
+        print(
+            f"note: {transparent} images below {root} have transparent pixels: transparency is ignored", file=sys.stderr
+        )
     return x
 
 
-def _decode(file):
-    """(the image (3, 32, 32) uint8, whether it has transparency)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about size and metadata; an image is still an image
-            with Image.open(file) as image:
-                if image.mode in ("I", "F"):  # Pillow would clip them to white or black
-                    raise UserError(f"Pillow reads {file} with 32 bits per pixel: save it with 8 bits per channel")
-                transparent = image.has_transparency_data
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I;16"):
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                image = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
-                return pil_to_tensor(image), transparent
-    except UserError:
-        raise
-    except Exception as error:  # a damaged image makes Pillow's many readers raise anything
-        raise UserError(f"{file} cannot be read as an image ({first_line(error)}): mend or remove it") from None
+def _note_odd_pixels(x, files, root):
+    """Says which images can hardly be what was meant."""
+    brightest, darkest = x.amax((2, 3)), x.amin((2, 3))  # (N, 3)
+    top = int(brightest.max())
+    if top < 128:
+        print(f"note: no pixel below {root} is above {top} of 255: is their range another one?", file=sys.stderr)
+    kinds = {
+        "almost black": brightest.amax(1) < 16,
+        "of one colour": (brightest - darkest).amax(1) < 8,
+    }
+    for kind, is_odd in kinds.items():
+        if is_odd.any():
+            example = files[int(is_odd.nonzero()[0])]
+            print(
+                f"note: {int(is_odd.sum())} images below {root} are {kind} after decoding, such as {example}",
+                file=sys.stderr,
+            )
 
 
 def _read_cache(cache, stamp, count):

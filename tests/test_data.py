@@ -1,19 +1,25 @@
 """Images of every source: how they are read, drawn, cropped and flipped."""
 
+import hashlib
 import os
+import re
+import shutil
+import sys
 from unittest.mock import Mock
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torchvision import datasets
 from torchvision.transforms import functional as vision
 
 import checkpoints
 import data
+import image_files
 from cli import UserError
 from data import Images, class_balanced_subset, crop_and_flip, load_images, make_generator, seed_of, train_batches
 
@@ -117,7 +123,8 @@ def photos(tmp_path):
     grey = np.full((32, 32), 128 * 256 + 7, dtype=np.uint16)
     for name, colour in {"cat": (200, 30, 30), "dog": (30, 30, 200)}.items():
         place = tmp_path / "train" / name
-        (place / "nested").mkdir(parents=True)
+        (place / "more").mkdir(parents=True)
+        (place / "more" / "up").symlink_to(place)  # would never end
         Image.new("RGB", (32, 32), colour).save(place / "a.png")
         Image.new("RGB", (64, 40), colour).save(place / "b.JPG")
         Image.new("L", (20, 50), 77).save(place / "c.bmp")
@@ -125,55 +132,110 @@ def photos(tmp_path):
         Image.fromarray(grey).save(place / "e.tif")
         Image.frombytes("I;16B", (32, 32), grey.astype(">u2").tobytes()).save(place / "f.tif")  # big-endian
         Image.new("P", (40, 32)).save(place / "g.gif")
-        (place / "photo.heic").write_text("of a telephone")
+        Image.new("RGBA", (32, 32), (*colour, 255)).save(place / "more" / "h.png")  # opaque
+        text = PngImagePlugin.PngInfo()
+        text.add_text("prompt", "cat" * 2**20, zip=True)
+        Image.new("L", (32, 32), 99).save(place / "more" / "i.png", pnginfo=text)
+        for foreign in ("photo.heic", "a.pdf", "a.h5", "more/a.eps", "a.wmf", "a.mpg", "noname"):
+            (place / foreign).write_text("of a telephone")
         (place / ".hidden.png").write_text("not an image")
     return tmp_path
 
 
 def test_a_folder_of_any_images_is_read_with_one_note_for_each_thing_that_is_left_out(photos, capsys):
     images = load_images("folder", "train", photos)
-    assert images.classes == ["cat", "dog"] and images.x.shape == (14, 3, 32, 32)
-    assert images.y.tolist() == [0] * 7 + [1] * 7
+    assert images.classes == ["cat", "dog"] and images.x.shape == (18, 3, 32, 32)
+    assert images.y.tolist() == [0] * 9 + [1] * 9
     assert images.x[0, :, 5, 5].tolist() == images.x[3, :, 5, 5].tolist() == [200, 30, 30]  # lossless, byte for byte
     assert (images.x[1].float().mean((1, 2)) - torch.tensor([200.0, 30, 30])).abs().max() < 4
     assert images.x[4].unique().tolist() == images.x[5].unique().tolist() == [128]  # 16 bits keep their brightness
+    assert images.x[7, :, 5, 5].tolist() == [200, 30, 30] and images.x[8].unique().tolist() == [99]
+    root = photos / "train"
     assert capsys.readouterr().err.splitlines() == [
-        f"note: 4 entries below {photos / 'train'} are not images that Pillow reads: skipped",
-        f"note: 2 images below {photos / 'train'} store transparency: it is ignored",
+        f"note: 14 files below {root} are not images that Pillow reads: skipped (.eps, .h5, .heic, .mpg, .pdf, ...)",
+        f"note: 2 images below {root} have transparent pixels: transparency is ignored",
+        f"note: 2 images below {root} are almost black after decoding, such as {root / 'cat' / 'g.gif'}",
+        f"note: 18 images below {root} are of one colour after decoding, such as {root / 'cat' / 'a.png'}",
     ]
+
+
+def test_sub_folders_are_read_in_the_order_of_torchvision(tmp_path):
+    for number, name in enumerate(("b/2.png", "a/x/y/1.png", "a/10.png", "b/z/0.png", "a/x/3.png", "a/.h/4.png")):
+        file = tmp_path / "train" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32, 32), 40 * number).save(file)
+    shutil.rmtree(tmp_path / "train" / "a" / ".h")
+    theirs = datasets.ImageFolder(tmp_path / "train", transform=vision.pil_to_tensor)
+    ours = load_images("folder", "train", tmp_path)
+    assert ours.classes == theirs.classes and ours.y.tolist() == theirs.targets
+    assert torch.equal(ours.x, torch.stack([x for x, _ in theirs]))
+
+
+@pytest.mark.parametrize(("deepest", "says"), [(15, "2 images .* almost black"), (63, "no pixel .* above 63 of 255")])
+def test_a_deeper_range_in_a_wider_type_is_noted(deepest, says, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        grey = np.linspace(0, (deepest << 8) + 255, 32 * 32).reshape(32, 32).astype(np.uint16)
+        Image.fromarray(grey).save(tmp_path / "test" / name / "scan.tif")
+    for _ in range(2):  # decoded, and from the decoded copy
+        load_images("folder", "test", tmp_path)
+        assert re.search(says, capsys.readouterr().err)
+
+
+def test_all_cores_decode_what_one_decodes_and_name_what_they_cannot_read(tmp_path, monkeypatch):
+    draws = np.random.default_rng(0)
+    files = [tmp_path / f"{number}.png" for number in range(5 * image_files.CHUNK + 7)]
+    for file in files:
+        Image.fromarray(draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+    pixels, _ = image_files.decode_chunk(files)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    decoded = [chunk for chunk, _ in image_files.decode_all(files)]
+    assert len(decoded) == 6 and np.array_equal(np.concatenate(decoded), pixels)
+    files[100].write_text("no image")
+    with pytest.raises(ValueError, match=r"100\.png cannot be read as an image"):
+        list(image_files.decode_all(files))
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ValueError, match=r"0\.png to .*31\.png ends the process that reads it"):
+        list(image_files.decode_all(files))
 
 
 def test_an_image_is_cut_to_its_centre_square_and_turned_as_its_camera_says(tmp_path):
     wide = np.zeros((32, 96, 3), dtype=np.uint8)
     wide[:, 32:64] = 255  # the centre is white, the sides are black
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert data._decode(tmp_path / "wide.png")[0][:, :, 2:-2].unique().tolist() == [255]
+    assert np.unique(image_files.decode(tmp_path / "wide.png")[0][:, :, 2:-2]).tolist() == [255]
     lying = np.zeros((32, 32, 3), dtype=np.uint8)
     lying[:, :16] = 255  # white on the left
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise: white on top
     Image.fromarray(lying).save(tmp_path / "lying.png", exif=exif)
-    turned, _ = data._decode(tmp_path / "lying.png")
+    turned, _ = image_files.decode(tmp_path / "lying.png")
     assert turned[:, :15].min() == 255 and turned[:, 17:].max() == 0
 
 
 def test_a_second_start_decodes_nothing_and_a_changed_file_is_seen(photos, monkeypatch):
     fresh = load_images("folder", "train", photos)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode", None)
+        patch.setattr(image_files, "decode_all", None)
         assert load_images("folder", "train", photos).sha256() == fresh.sha256()
     changed = photos / "train" / "dog" / "c.bmp"
     before = changed.stat()
-    Image.new("L", (20, 50), 99).save(changed)  # of the same size
-    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert load_images("folder", "train", photos).x[9].unique().tolist() == [99]
+    Image.new("L", (20, 50), 98).save(changed)  # of the same size, time and name
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_images("folder", "train", photos).x[11].unique().tolist() == [98]
+    for owner, name, value in ((PIL, "__version__", "0.1"), (image_files, "__file__", checkpoints.__file__)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            patch.setattr(image_files, "decode_all", Mock(side_effect=ValueError("decoded")))
+            with pytest.raises(UserError, match="decoded"):
+                load_images("folder", "train", photos)
 
 
 def test_a_damaged_foreign_or_unwritable_cache_costs_only_time(photos, monkeypatch, capsys):
     fresh = load_images("folder", "train", photos)
     cache = photos / ".decoded" / "train.pt"
     content = checkpoints.load(cache)
-    for x in (content["x"][:3], content["x"].float(), torch.zeros(14, 3, 64, 64, dtype=torch.uint8), "x"):
+    for x in (content["x"][:3], content["x"].float(), torch.zeros(18, 3, 64, 64, dtype=torch.uint8), "x"):
         checkpoints.save(cache, {**content, "x": x})
         assert load_images("folder", "train", photos).sha256() == fresh.sha256()
     cache.write_text("no checkpoint")
@@ -192,14 +254,70 @@ def test_a_damaged_image_is_read_or_named(tmp_path_factory, name, draws):
         content[draws.randrange(len(content))] = draws.randrange(256)
     damaged.write_bytes(content[: draws.choice([len(content), draws.randrange(len(content))])])
     try:
-        assert data._decode(damaged)[0].shape == (3, 32, 32)
-    except UserError as error:
+        assert image_files.decode_chunk([damaged])[0].shape == (1, 3, 32, 32)
+    except ValueError as error:
         assert name in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_offline_says_what_to_do(name, tmp_path, monkeypatch):
+def test_cifar_offline_says_what_is_there_and_what_to_do(name, tmp_path, monkeypatch):
     offline = Mock(side_effect=OSError("<urlopen error no route to host>"))
     monkeypatch.setattr(datasets.cifar, "download_and_extract_archive", offline)
+    reader = getattr(datasets, name.upper())
+    archive, batch = tmp_path / reader.filename, tmp_path / reader.base_folder / reader.test_list[0][0]
+
+    def refused(says):
+        with pytest.raises(UserError, match=f"{says}.*no route to host"):
+            load_images(name, "test", tmp_path)
+
     with pytest.raises(UserError, match=f"{name} is not in .* no route to host.*cifar-{name[5:]}-python.tar.gz"):
         load_images(name, "train", tmp_path)
+    batch.parent.mkdir()
+    refused(f"meta|{reader.train_list[0][0]} is missing: go online once, or put")
+    batch.write_text("other")
+    refused(rf"{batch.name} \(5 bytes\) is incomplete or another file: delete it")
+    archive.write_text("half")
+    refused(rf"{archive.name} \(4 bytes\) is incomplete or another file: delete it")
+    monkeypatch.setattr(reader, "tgz_md5", hashlib.md5(b"half").hexdigest())
+    batch.unlink()
+    refused(f"{archive.name} could not be unpacked")
+
+
+def test_other_layouts_are_recognised_and_their_two_lines_make_class_folders(tmp_path):
+    def refusal(split):
+        with pytest.raises(UserError) as caught:
+            load_images("folder", split, tmp_path)
+        return str(caught.value)
+
+    assert f"there is no folder {tmp_path / 'train'}. --data-dir must hold" in refusal("train")
+    (tmp_path / "validation").mkdir()
+    assert f"{tmp_path / 'validation'} is there: to use it, rename it to test" in refusal("test")
+    x, y = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), np.arange(6) % 2
+    np.save(tmp_path / "x_train.npy", x)
+    np.save(tmp_path / "y_train.npy", y)
+    np.save(tmp_path / "z_test.npy", y)
+    run_lines(refusal("train"))
+    images = load_images("folder", "train", tmp_path)
+    assert images.y.tolist() == [0] * 3 + [1] * 3 and torch.equal(images.x[1], torch.from_numpy(x[2]).permute(2, 0, 1))
+    for file in [*(tmp_path / "train").glob("*/*"), *tmp_path.glob("*.npy")]:
+        file.rename(tmp_path / "train" / file.name) if file.suffix == ".png" else file.unlink()
+    for label in "01":
+        (tmp_path / "train" / label).rmdir()
+    (tmp_path / "trainLabels.csv").write_text("id,label\n" + "".join(f"{i},{i % 2}\n" for i in range(6)))
+    run_lines(refusal("train"))
+    assert load_images("folder", "train", tmp_path).sha256() == images.sha256()
+    (tmp_path / "train").rename(tmp_path / "old")
+    (tmp_path / "trainLabels.csv").rename(tmp_path / "train-0.parquet")
+    assert "read_parquet" in refusal("train")
+
+
+def run_lines(message):
+    """The lines of Python in a refusal."""
+    exec("\n".join(message.split(">>> ")[1:]), {})
+
+
+def test_the_order_of_classes_is_printed_and_numbers_sorted_as_words_are_noted(capsys):
+    for names, noted in ((["0", "1", "10", "2"], True), (["c1", "c10", "c2"], True), (["01", "02", "10"], False)):
+        data.print_class_order(names)
+        out, err = capsys.readouterr()
+        assert out.startswith(f"labels: 0 = {names[0]}, 1 = {names[1]}") and ("sorted as words" in err) == noted

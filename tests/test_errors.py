@@ -139,7 +139,9 @@ def photos():
     for number, name in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
         Path("photos", name).mkdir(parents=True)
         for image in range(2):
-            Image.new("RGB", (32, 32), (60 * number, 60 * image, 0)).save(Path("photos", name, f"{image}.png"))
+            picture = Image.new("RGB", (32, 32), (60 * number, 60 * image, 0))
+            picture.paste("white", (0, 0, 9, 9))
+            picture.save(Path("photos", name, f"{image}.png"))
 
 
 @pytest.mark.parametrize(("spoil", "says"), [
@@ -147,12 +149,12 @@ def photos():
     (shutil.rmtree, "holds 1 class folders: at least two are needed"),
     (lambda cat: (cat.parent / "emu").mkdir(), "emu holds no images"),
     (lambda cat: cat.rename(cat.parent / "lynx"), "the training set has other classes: 'dog' there is 'cat' here"),
-    (lambda cat: shutil.copytree(cat, cat.parent / "emu"), "has 3 classes, but these images have 2"),
+    (lambda cat: shutil.copytree(cat, cat.parent / "emu"), "3 classes, but these images have 2: 'emu' is missing"),
     (lambda cat: (cat / "z.png").write_text("no"), "z.png cannot be read as an image"),
     (lambda cat: Image.new("1", (16_000, 12_000)).save(cat / "z.png"), "z.png cannot be read as an image (Im"),
     (lambda cat: os.mkfifo(cat / "z.png"), "z.png is not a file"),
-    (lambda cat: Image.new("F", (9, 9)).save(cat / "z.tif"), "z.tif with 32 bits per pixel: save it with 8"),
-    (lambda cat: Image.new("I", (9, 9)).save(cat / "z.tif"), "z.tif with 32 bits per pixel: save it with 8"),
+    (lambda cat: Image.new("F", (9, 9)).save(cat / "z.tif"), "an image (32 bits per pixel: save it"),
+    (lambda cat: Image.new("I", (9, 9)).save(cat / "z.tif"), "an image (32 bits per pixel: save it"),
 ])  # fmt: skip
 def test_a_folder_of_images_that_cannot_be_used_is_named(spoil, says, error_of):
     photos()
