@@ -6,25 +6,36 @@
     python figures.py weak-to-strong runs/dynat-... --out labels.png                        its Sec. 3.3
     python figures.py overfitting runs/dynat-... runs/pgd-at-... --out overfitting.png      runs with --val-images
     python figures.py images runs/dynat-.../last.pt --out images.png                        what the attack does
+    python figures.py epsilon eps-4.json eps-8.json --out epsilon.svg                       one network, several epsilon
+    python figures.py scatter results/jpeg/labels --out scatter.svg                         clean against robust
     python figures.py table dynat.json trades.json                                          beside its Tables 1 to 4
     python figures.py table results/tiny --out results/tiny.md                              all evaluations in a folder
+    python figures.py compare a.json b.json                                                 image by image
+    python figures.py compare a1.json,a2.json b1.json,b2.json --out compare.csv             a pair for each seed
 
 Every accuracy has its number of images and its 95 % interval (Wilson). Nothing is smoothed. Bars begin at zero.
 """
 
 import csv
+import io
 import json
+import math
+import re
+import statistics
 import sys
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from textwrap import fill
 from types import SimpleNamespace
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from checkpoints import load_network, load_trained
-from cli import Parser, UserError, atomic_write, exit_status, in_range, parse_fraction, write_text
+from cli import Parser, UserError, atomic_write, exit_status, first_line, in_range, parse_fraction, write_text
 from data import DATASETS, to_float
 from evaluate import ALL, load_test_images, wilson
 from robustness import attack_batch
@@ -36,18 +47,34 @@ MARKERS = ("o", "s", "^", "D", "v")
 HATCHES = ("", "///", "...", "\\\\\\", "xx")
 WIDTH = 7.0  # inches: a text column, so that text keeps its size in print
 LETTERS = 78  # that fit on a line of this width
-STYLE = {
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False),
-    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-    **{"axes.prop_cycle": matplotlib.cycler(color=COLOURS), "grid.color": "#DDDDDD", "legend.handlelength": 3.0},
-    **{"font.size": 10, "axes.titlesize": 10, "figure.titlesize": 11, "lines.markersize": 4.5, "savefig.dpi": 300},
-    **{"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "dynat"},  # text stays text; same bytes each time
+STYLE = {  # on top of matplotlib's own defaults, never of a person's matplotlibrc
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.titlesize": 10,
+    "figure.titlesize": 11,
+    "font.size": 10,
+    "grid.color": "#DDDDDD",
+    "legend.frameon": False,
+    "legend.handlelength": 3.0,
+    "lines.markersize": 4.5,
+    "savefig.dpi": 300,
+    "text.parse_math": False,  # a dollar is a dollar
+    "pdf.fonttype": 42,  # text stays text
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dynat",  # the same bytes each time
 }
 UNDATED = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  # no time in the file, by suffix
 ATTACKS = {"clean": "Clean", "fgsm": "FGSM", "pgd10": "PGD-10", "pgd20": "PGD-20", "pgd50": "PGD-50",
            "pgd100": "PGD-100", "apgd": "APGD", "cw": "C&W", "aa-fast": "AA-fast", "aa": "AA",
            "all": "All"}  # fmt: skip
 in_order = lambda attacks: sorted(attacks, key=lambda attack: ([*ATTACKS, attack].index(attack), attack))
+# Student's t, two-sided 95 %, for 2 to 10 seeds (1 to 9 degrees of freedom); for more the last, a little too wide.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+FORMATS = {"A": ".2f", "B": ".2f", "B - A": "+.2f", "low": "+.2f", "high": "+.2f", "p": ".2g", "sd": ".2f", "n": ","}
+IDLE = {"seed", "data_dir", "eval_every", "keep_from", "deterministic"}  # settings that two seeds may differ in
 thousands = lambda numbers: " / ".join(f"{n:,}" for n in sorted(set(numbers)))
 
 
@@ -92,22 +119,25 @@ def read_run(folder, runs):
 
 def read_evaluation(path, networks):
     """Adds the networks in a JSON file of evaluate.py. `rows` are the results by attack. Several files may hold
-    different attacks on one network."""
+    different attacks on one network; the same attack once more is another item with the same `key`."""
     report = json.loads(read(path))
-    trained, checkpoint = report["trained"], Path(report["checkpoint"])
+    settings, checkpoint = report["trained"]["settings"], Path(report["checkpoint"])
     source = f"{checkpoint.parent.name}/{checkpoint.stem}"
     for row in report["results"]:
-        words = [word for word in (report["weights"], row["network"]) if word in ("ema", "guide")]
-        title = ", ".join([method_name(trained["settings"], checkpoint.stem), *words])
-        row["percent"] = measured(row["correct"] / row["n"], row["n"])
-        if "epsilon" in row:
-            row["epsilon"] = pixel_units(row["epsilon"])
-        key, attack = (title, source, report["sha256"]), str(row["attack"])
-        fitting = [network for network in networks if network.key == key and attack not in network.rows]
-        if not fitting:
-            fitting = [SimpleNamespace(key=key, title=title, source=source, rows={}, **trained)]
-            networks += fitting
-        fitting[0].rows[attack] = row
+        role, attack = row["network"], str(row["attack"])
+        title = method_name(settings, checkpoint.stem)
+        for word in (report["weights"], role):
+            if word in ("ema", "guide"):
+                title += f", {word}"
+        key = (title, source, report["sha256"])
+        for network in networks:
+            if network.key == key and attack not in network.rows:
+                break
+        else:
+            network = SimpleNamespace(key=key, title=title, source=source, role=role, rows={}, **report["trained"])
+            networks.append(network)
+        about = {"file": path, "test_images": report.get("test_images")}
+        network.rows[attack] = {**row, **about, "percent": measured(row["correct"] / row["n"], row["n"])}
 
 
 def read_all(read_one, paths):
@@ -120,15 +150,62 @@ def read_all(read_one, paths):
         try:
             read_one(path, found)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged, or something else: {error!r}") from None
+            reason = f"{type(error).__name__}, {first_line(error)}"
+            raise UserError(f"{path} is damaged, or something else: {reason[:100]}") from None
     return found
 
 
+def grouped(networks, belongs):
+    """The networks in groups, each the copy of its first with `members`. `belongs(network, group)` says whether one
+    joins a group."""
+    groups = []
+    for network in networks:
+        for group in groups:
+            if belongs(network, group):
+                group.members.append(network)
+                break
+        else:
+            group = SimpleNamespace(**vars(network), members=[network])
+            group.settings = dict(network.settings)
+            groups.append(group)
+    for group in groups:
+        seeds = dict.fromkeys(str(network.settings.get("seed")) for network in group.members)
+        if len(seeds) > 1:
+            group.settings["seed"] = ", ".join(seeds)
+            group.source = re.sub(r"-s(eed-)?\d+(?=[-/])", "", group.source)
+    return groups
+
+
+def seed_alone(network, group):
+    """Whether a network differs from those of a group in the seed of its training alone. A setting that one of them
+    lacks, as the run of another version may, does not count."""
+    seed, stem = network.settings.get("seed"), Path(network.source).name  # last or best
+    if seed is None or seed in [member.settings.get("seed") for member in group.members]:
+        return False
+    both = (network.settings.keys() & group.settings.keys()) - IDLE
+    same = all(network.settings[name] == group.settings[name] for name in both)
+    return same and (network.title, stem) == (group.title, Path(group.source).name)
+
+
+def same_weights(network, group):
+    """Whether a network is that of a group, evaluated once more."""
+    return network.key == group.key
+
+
+def printable(text):
+    """The text, with what is no character, as in a file's name that is not UTF-8, in escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def names(items, labels):
-    """What to call each: `labels`, or the method, with its source if several have the same. Raises UserError unless
-    there is a name for each and no two are the same."""
-    titles = [item.title for item in items]
-    found = labels or [f"{i.title}, {i.source}" if titles.count(i.title) > 1 else i.title for i in items]
+    """What to call each: `labels`, or the method, with its source and then its seed where several have the same. Raises
+    UserError unless there is a name for each and no two are the same."""
+    found = labels or [item.title for item in items]
+    if not labels:
+        for more in ([item.source for item in items], [f"seed {item.settings.get('seed', '?')}" for item in items]):
+            twice = [name for name in found if found.count(name) > 1]
+            found = [f"{n}, {word}" if n in twice else n for n, word in zip(found, more, strict=True)]
+    found = [printable(name) for name in found]
     if not len(set(found)) == len(found) == len(items):
         raise UserError(f"{len(items)} to name, but the names are {', '.join(found)}: give each its own with --labels")
     return found
@@ -138,7 +215,7 @@ def shared_settings(items, *names):
     """The settings of these names that all items share, as text: 'dataset tiny, target cnn'."""
     first, *others = (item.settings for item in items)
     shared = [name for name in names if first.get(name) and all(first[name] == other.get(name) for other in others)]
-    return ", ".join(f"{name.replace('_', ' ')} {first[name]}" for name in shared)
+    return printable(", ".join(f"{name.replace('_', ' ')} {first[name]}" for name in shared))
 
 
 def with_interval(percent, digits=1):
@@ -146,17 +223,26 @@ def with_interval(percent, digits=1):
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*percent, d=digits)
 
 
-def plot(ax, run, name, i, style=None):
-    """Draws one accuracy of a run's log over its epochs as the i-th curve of `ax`, its interval as a band. Returns the
-    line. Raises UserError if the log does not have it."""
-    if not run.curves[name]:
-        raise UserError(f"the log of {run.source} has no {name}{': train with --val-images' * (name == 'val_pgd')}")
-    epochs, accuracies, low, high = zip(*run.curves[name], strict=True)
-    if name != "label_acc":  # a mean over an epoch in which the weights change
-        ax.fill_between(epochs, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+def draw_curve(ax, points, i, style=None, band=True):
+    """Draws points (x, accuracy, low, high) as the i-th curve of `ax`, the interval as a band. Returns the line."""
+    x, accuracies, low, high = zip(*points, strict=True)
+    if band:
+        ax.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
     look = {"color": f"C{i}", "linestyle": style or LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
-    (line,) = ax.plot(epochs, accuracies, markevery=max(1, len(epochs) // 12), **look)
-    ax.set(xlabel="epoch", ylabel="accuracy (%)")
+    (line,) = ax.plot(x, accuracies, markevery=max(1, len(x) // 12), **look)
+    ax.set(ylabel="accuracy (%)")
+    return line
+
+
+def plot(ax, run, name, i, style=None):
+    """Draws one accuracy of a run's log over its epochs as the i-th curve of `ax`. Returns the line. Raises UserError
+    if the log does not have it."""
+    if not run.curves[name]:
+        advice = ": train with --val-images" if name == "val_pgd" else ""
+        raise UserError(f"the log of {run.source} has no {name}{advice}")
+    # label_acc is a mean over an epoch in which the weights change: it has no interval
+    line = draw_curve(ax, run.curves[name], i, style, band=name != "label_acc")
+    ax.set(xlabel="epoch")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.label_outer()
     return line
@@ -165,8 +251,9 @@ def plot(ax, run, name, i, style=None):
 def finish(figure, ax, items, text="", sizes=(), columns=1):
     """Adds the title, and below the picture, where it hides nothing, the legend of `ax`. Returns the figure."""
     title = [shared_settings(items, "dataset", "target"), text]
-    title += [f"n = {thousands(sizes)}, 95 % intervals"] if sizes else []
-    figure.suptitle(fill(", ".join(filter(None, title)), LETTERS))
+    if sizes:
+        title.append(f"n = {thousands(sizes)}, 95 % intervals")
+    figure.suptitle(fill(", ".join(part for part in title if part), LETTERS))
     handles, labels = ax.get_legend_handles_labels()
     labels = [fill(label, LETTERS // columns - 6) for label in labels]
     figure.legend(handles, labels, loc="outside lower left", ncols=columns)
@@ -218,14 +305,22 @@ def weak_to_strong(runs, labels):
     return finish(figure, axes[0], runs, "from weak to strong", [run.sizes["test_acc"] for run in runs])
 
 
-def caption(attack, evaluations, separator):
-    """An attack's name, epsilon and n. Raises UserError unless the attack was the same on all networks."""
-    rows = [evaluation.rows[attack] for evaluation in evaluations if attack in evaluation.rows]
-    if len({(row.get("epsilon"), row.get("step_size")) for row in rows}) > 1:
+def check_same_attack(attack, rows):
+    """Raises UserError unless these results are of an attack of one epsilon and step size."""
+    if len({(pixel_units(row.get("epsilon", 0)), row.get("step_size")) for row in rows}) > 1:
         raise UserError(f"{attack} has another epsilon or step size in some of the files: they do not compare")
-    words = [f"ε = {row['epsilon']}" for row in rows[:1] if "epsilon" in row]
-    words += [f"n = {thousands(row['n'] for row in rows)}"] if rows else []
-    return separator.join([ATTACKS.get(attack, attack), *words])
+
+
+def caption(attack, networks, separator):
+    """An attack's name, epsilon and n. Raises UserError unless the attack was the same on all networks."""
+    rows = [network.rows[attack] for network in networks if attack in network.rows]
+    check_same_attack(attack, rows)
+    words = [ATTACKS.get(attack, attack)]
+    if rows and "epsilon" in rows[0]:
+        words.append(f"ε = {pixel_units(rows[0]['epsilon'])}")
+    if rows:
+        words.append(f"n = {thousands(row['n'] for row in rows)}")
+    return separator.join(words)
 
 
 def bars(evaluations, labels):
@@ -245,6 +340,46 @@ def bars(evaluations, labels):
     return finish(figure, ax, evaluations, columns=2)
 
 
+def accuracy_by_epsilon(groups, labels):
+    """Accuracy under each attack against epsilon, its 95 % interval as a band. At epsilon 0 stands the clean accuracy,
+    if it is of as many images."""
+    curves = []
+    for group, label in zip(groups, labels, strict=True):
+        rows_of = lambda attack, group=group: [net.rows[attack] for net in group.members if attack in net.rows]
+        attacks = {attack for network in group.members for attack in network.rows}
+        for attack in in_order(attacks - {"clean"}):
+            sizes = {row["n"] for row in rows_of(attack)}
+            rows = rows_of(attack) + [row for row in rows_of("clean") if row["n"] in sizes]
+            points = {(255 * row.get("epsilon", 0), *row["percent"]) for row in rows}
+            if len({x for x, *_ in points}) < len(points):
+                raise UserError(f"{attack} on {label} has several accuracies at one epsilon")
+            curves.append((f"{label}: {caption(attack, [], '')}, n = {thousands(sizes)}", sorted(points)))
+    figure = Figure(figsize=(WIDTH, 3.6 + 0.2 * len(curves)), layout="constrained")
+    ax = figure.subplots()
+    for i, (label, points) in enumerate(curves):
+        draw_curve(ax, points, i).set_label(label)
+    ax.set(xlabel="ε (in 1/255)", ylim=(0, None))
+    return finish(figure, ax, groups, "95 % intervals")
+
+
+def scatter(groups, labels, attack):
+    """Accuracy under an attack against clean accuracy, a point per run with both 95 % intervals. A line joins runs that
+    differ in the seed alone."""
+    networks = [network for group in groups for network in group.members]
+    for network in networks:
+        if not network.rows.keys() >= {"clean", attack}:
+            raise UserError(f"{network.source} was not measured under clean and {attack}: see --attack")
+    figure = Figure(figsize=(WIDTH, 3.8 + 0.1 * len(groups)), layout="constrained")
+    ax = figure.subplots()
+    for i, (group, label) in enumerate(zip(groups, labels, strict=True)):
+        x, x_low, x_high = np.array([network.rows["clean"]["percent"] for network in group.members]).T
+        y, y_low, y_high = np.array([network.rows[attack]["percent"] for network in group.members]).T
+        ends = {"xerr": (x - x_low, x_high - x), "yerr": (y - y_low, y_high - y)}
+        ax.errorbar(x, y, **ends, marker=MARKERS[i % len(MARKERS)], linewidth=1, elinewidth=0.5, label=label)
+    ax.set(xlabel=f"{caption('clean', networks, ', ')} (%)", ylabel=f"{caption(attack, networks, ', ')} (%)")
+    return finish(figure, ax, groups, "95 % intervals, lines join seeds", columns=2)
+
+
 def paper_rows(settings):
     """The paper's rows of this method, data set and networks, as printed. What is empty there fits anything."""
     rows = csv.DictReader(Path(__file__).with_name("results").joinpath("paper.csv").read_text("utf-8").splitlines())
@@ -253,24 +388,180 @@ def paper_rows(settings):
     return [] if settings.get("static_labels") else same
 
 
-def table(evaluations, labels):
-    """A page in Markdown: the accuracy of each network in percent with its 95 % interval, and the paper's below it.
-    "All" is the mean over the attacks of Table 1, if all were measured."""
-    lines = []
-    for evaluation, label in zip(evaluations, labels, strict=True):
-        line = {name: with_interval(row["percent"], 2) for name, row in evaluation.rows.items()}
-        if line.keys() >= set(ALL):
-            line["all"] = f"{sum(evaluation.rows[attack]['percent'][0] for attack in ALL) / len(ALL):.2f}"
-        lines.append((label, evaluation.epoch, line))
-        for row in paper_rows(evaluation.settings) if "guide" not in evaluation.title else ():
-            lines.append((f"paper, Table {row['table']}", "", {name: row[name] for name in ATTACKS if row.get(name)}))
-    attacks = in_order({attack for *_, line in lines for attack in line})
-    cells = [["Method", "Epoch", *(caption(attack, evaluations, ", ") for attack in attacks)]]
-    cells += [["---"] + ["---:"] * (1 + len(attacks))]
-    cells += [[label, str(epoch or ""), *(line.get(attack, "") for attack in attacks)] for label, epoch, line in lines]
-    rows = ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in cells]
-    shared = shared_settings(evaluations, "dataset", "target", "guide", "epochs", "train_images", "batch_size", "seed")
-    return "\n".join([f"All rows: {shared}.", "", *rows, "", "Accuracy in percent with its 95 % interval (Wilson).\n"])
+def over_seeds(percents):
+    """The accuracy of one run with its interval, or the mean and standard deviation of several, in percent."""
+    if len(percents) == 1:
+        return {"seeds": 1, **dict(zip(("accuracy", "low", "high"), percents[0], strict=False))}
+    accuracies = [accuracy for accuracy, *_ in percents]
+    return {"seeds": len(percents), "accuracy": statistics.mean(accuracies), "sd": statistics.stdev(accuracies)}
+
+
+def cell(summary, seeds):
+    """What `over_seeds` says: '47.84 [46.86, 48.82]', '47.70 ± 0.17'; and of how many of the `seeds`, if not of all."""
+    text = f"{summary['accuracy']:.2f}"
+    if "low" in summary:
+        text += f" [{summary['low']:.2f}, {summary['high']:.2f}]"
+    if "sd" in summary:
+        text += f" ± {summary['sd']:.2f}"
+    return text if summary["seeds"] == seeds else f"{text} ({summary['seeds']} of {seeds} seeds)"
+
+
+def table(groups, labels):
+    """All accuracies in percent, a row per network or per networks that differ in the seed alone, and the paper's below
+    it. "All" is the mean over the attacks of Table 1, if all were measured."""
+    networks = [network for group in groups for network in group.members]
+    lines = []  # (name, epoch, seeds, {attack: summary})
+    for group, label in zip(groups, labels, strict=True):
+        percents, seeds = {}, len(group.members)
+        for network in group.members:
+            for attack, row in network.rows.items():
+                percents.setdefault(attack, []).append(row["percent"])
+            if network.rows.keys() >= set(ALL):
+                mean = statistics.mean(network.rows[attack]["percent"][0] for attack in ALL)
+                percents.setdefault("all", []).append([mean])
+        epochs = thousands(network.epoch for network in group.members if network.epoch)
+        summaries = {attack: over_seeds(percents[attack]) for attack in in_order(percents)}
+        lines.append((f"{label}, {seeds} seeds" if seeds > 1 else label, epochs, seeds, summaries))
+        for row in paper_rows(group.settings) if group.role == "target" else ():
+            printed = {name: {"seeds": 1, "accuracy": float(row[name])} for name in ATTACKS if row.get(name)}
+            lines.append((f"paper, Table {row['table']}", "", 1, printed))
+    headings = {name: caption(name, networks, ", ") for name in in_order({name for *_, line in lines for name in line})}
+    rows, records = [], []
+    for label, epochs, seeds, summaries in lines:
+        rows.append({"Method": label, "Epoch": epochs, **dict.fromkeys(headings.values(), "")})
+        for attack, summary in summaries.items():
+            rows[-1][headings[attack]] = cell(summary, seeds)
+            records.append({"method": label, "epoch": epochs, "attack": attack, **summary})
+    shared = shared_settings(groups, "dataset", "target", "guide", "epochs", "train_images", "batch_size", "seed")
+    foot = "Accuracy in percent with its 95 % interval (Wilson)"
+    if len(networks) > len(groups):
+        foot += "; of several seeds the mean ± the standard deviation"
+    return SimpleNamespace(head=f"All rows: {shared}.", rows=rows, foot=f"{foot}.", records=records)
+
+
+def paired_interval(only_a, only_b, n):
+    """The 95 % interval of the difference B - A of two accuracies on the same n images, as fractions (low, high).
+    `only_a` and `only_b` images are correct in A alone and in B alone. Source: the adjusted Wald interval of Bonett and
+    Price (2012), J. Educ. Behav. Stat. 37, 479-488, which counts one more image of each kind."""
+    a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = 1.959964 * math.sqrt((a + b - (b - a) ** 2) / (n + 2))
+    return max(-1.0, b - a - half), min(1.0, b - a + half)
+
+
+def mcnemar(only_a, only_b):
+    """The exact two-sided p of McNemar's test, in which an image that is correct in one alone is a fair coin: twice the
+    tail of the binomial, at most 1. Whole numbers do not overflow."""
+    n, ways, tail = only_a + only_b, 1, 0
+    for k in range(min(only_a, only_b) + 1):
+        tail += ways  # to choose k of n
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**n)
+
+
+def read_matrix(network, attack):
+    """From the .npz beside the JSON: which images are still correct under the attack, (n,) bool, and their labels and
+    indices in the test set, (n,) int64. Raises UserError if the file is missing or not of this JSON."""
+    row = network.rows[attack]
+    path = row["file"].with_suffix(".npz")
+    content = read(path)
+    try:
+        with np.load(io.BytesIO(content)) as matrix:
+            mask, y, indices = (matrix[name] for name in (f"{network.role} {attack}", "y", "indices"))
+        whole = mask.dtype == bool and mask.shape == (row["n"],) and mask.sum() == row["correct"]
+    except (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged, or not of the JSON file beside it")
+    return mask, y[: row["n"]], indices[: row["n"]]
+
+
+def paired_difference(attack, a, b):
+    """A row of `compare`: what networks a and b make of the same images under an attack, in percent. Raises UserError
+    if images or labels differ."""
+    row_a, row_b = a.rows[attack], b.rows[attack]
+    (mask_a, y_a, indices_a), (mask_b, y_b, indices_b) = read_matrix(a, attack), read_matrix(b, attack)
+    same = np.array_equal(y_a, y_b) and np.array_equal(indices_a, indices_b)
+    if not same or row_a["test_images"] is None or row_a["test_images"] != row_b["test_images"]:
+        raise UserError(f"{attack} is of other images or labels in {row_a['file']} and {row_b['file']}")
+    n, only_a, only_b = len(mask_a), int((mask_a & ~mask_b).sum()), int((mask_b & ~mask_a).sum())
+    low, high = paired_interval(only_a, only_b, n)
+    seeds = dict.fromkeys(str(network.settings.get("seed", "?")) for network in (a, b))
+    about = {"network": a.role, "attack": ATTACKS.get(attack, attack), "n": n, "seed": ", ".join(seeds)}
+    about["epsilon"] = pixel_units(row_a["epsilon"]) if "epsilon" in row_a else ""
+    accuracies = {"A": row_a["percent"][0], "B": row_b["percent"][0], "B - A": 100 * (only_b - only_a) / n}
+    ends = {"low": 100 * low, "high": 100 * high}
+    return {**about, **accuracies, **ends, "A alone": only_a, "B alone": only_b, "p": mcnemar(only_a, only_b)}
+
+
+def mean_difference(rows):
+    """The row of means over the seeds; the interval of the difference is Student's, from its standard deviation."""
+    accuracies = {name: statistics.mean(row[name] for row in rows) for name in ("A", "B", "B - A")}
+    sd = statistics.stdev(row["B - A"] for row in rows)
+    half = STUDENT_T[min(len(rows), 10) - 2] * sd / math.sqrt(len(rows))
+    ends = {"low": accuracies["B - A"] - half, "high": accuracies["B - A"] + half}
+    blank = {"seed": f"mean of {len(rows)}", "A alone": "", "B alone": "", "p": ""}
+    return {**rows[0], **accuracies, **ends, **blank, "sd": sd}
+
+
+def read_side(paths):
+    """One side of a comparison: {role: the group of its networks, one for each path}. Raises UserError if it is not one
+    training with several seeds."""
+    networks = [network for path in paths for network in read_all(read_evaluation, [path])]
+    groups = grouped(networks, seed_alone)
+    side = {group.role: group for group in groups}
+    if len(side) < len(groups) or any(len(group.members) != len(paths) for group in groups):
+        raise UserError(f"{', '.join(map(str, paths))}: not a network for each, which differ in the seed alone")
+    return side
+
+
+def compare(args):
+    """The differences B - A between two networks on the same images, one pair for each seed."""
+    if len(args.a) != len(args.b):
+        raise UserError(f"A has {len(args.a)} paths and B has {len(args.b)}: they are compared in pairs")
+    side_a, side_b = read_side(args.a), read_side(args.b)
+    rows = []
+    for role in [role for role in side_a if role in side_b]:
+        pairs = [*zip(side_a[role].members, side_b[role].members, strict=True)]
+        for attack in in_order({attack for a, b in pairs for attack in a.rows.keys() & b.rows.keys()}):
+            both = [(a, b) for a, b in pairs if attack in a.rows and attack in b.rows]
+            check_same_attack(attack, [network.rows[attack] for pair in both for network in pair])
+            found = [paired_difference(attack, a, b) for a, b in both]
+            rows += [*found, mean_difference(found)] if len(found) > 1 else found
+    if not rows:
+        raise UserError("A and B have no attack on the same network in common")
+    names_ab = args.labels or [f"{group.title}, {group.source}" for group in (side_a[role], side_b[role])]
+    foot = (
+        "Accuracy in percent; B - A in points with its 95 % interval for paired proportions (Bonett and Price, 2012); "
+        "images that are correct in A alone and in B alone; p of McNemar's exact test, two-sided."
+    )
+    if len(args.a) > 1:
+        foot += " Mean of the seeds: standard deviation of the differences, Student's 95 % interval."
+    return SimpleNamespace(head=f"A: {names_ab[0]}. B: {names_ab[1]}.", rows=rows, foot=foot, records=rows)
+
+
+def as_markdown(page, aligned=False):
+    """A page as Markdown. `aligned`: its columns stand below each other, for a terminal."""
+    names = [*max(page.rows, key=len)]
+    table = [names]
+    for row in page.rows:
+        table.append([format(row[name], FORMATS.get(name, "")) if row.get(name, "") != "" else "" for name in names])
+    table = [[" ".join(text.split()).replace("|", "\\|") for text in line] for line in table]
+    widths = [max(4, *map(len, column)) if aligned else 0 for column in zip(*table, strict=True)]
+    table.insert(1, ["---".ljust(widths[0], "-"), *("---:".rjust(width, "-") for width in widths[1:])])
+    lines = [
+        "| " + " | ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) + " |" for first, *rest in table
+    ]
+    return printable("\n".join([page.head, "", *lines, "", f"{page.foot}\n"]))
+
+
+def as_csv(page):
+    """A page's figures as CSV, unrounded."""
+    names = dict.fromkeys(name for record in page.records for name in record)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(page.records)
+    return printable(text.getvalue())
 
 
 def attacked_images(args):
@@ -278,11 +569,11 @@ def attacked_images(args):
     white; the attacked images. An image that is misclassified without an attack stays at its random start."""
     content, _ = load_trained(args.checkpoint, args.target, args.dataset)
     images, indices = load_test_images(args, content)
-    model = load_network(content, "target", args.checkpoint, len(images.classes))
+    model = load_network(content, args.network, args.checkpoint, len(images.classes))
     x, settings = to_float(images.x), content["settings"]
     budget = {"epsilon": args.epsilon, "step_size": args.step_size, "seed": args.seed}
     x_adv = attack_batch(model, args.attack, x, images.y, indices, **budget)
-    short = [fill(name.replace("_", " "), 10, max_lines=2, placeholder="…") for name in images.classes]
+    short = [fill(printable(name).replace("_", " "), 10, max_lines=2, placeholder="…") for name in images.classes]
     figure = Figure(figsize=(0.9 + 1.05 * len(x), 5.2), layout="constrained")
     rows = [("clean", x), ("perturbation", 0.5 + (x_adv - x) / (2 * args.epsilon)), ("attacked", x_adv)]
     for axes, (name, pictures) in zip(figure.subplots(3, len(x)), rows, strict=True):
@@ -296,25 +587,58 @@ def attacked_images(args):
                 mark, look = ("✓", {"color": "C0"}) if p.argmax() == y else ("✗", {"color": "C1", "weight": "bold"})
                 ax.set_xlabel(f"{short[p.argmax()]}\n{mark} {100 * p.max():.0f} %", **look)
     attack = f"{ATTACKS[args.attack]}, ε = {pixel_units(args.epsilon)}"
-    figure.suptitle(f"{method_name(settings, 'weights')}, target {settings['target']}: {attack}\n{len(x)} test images")
+    network = f"{method_name(settings, 'weights')}, {args.network} {settings[args.network]}"
+    figure.suptitle(f"{network}: {attack}\n{len(x)} test images")
     return figure
+
+
+PICTURES = (  # name, function, what it reads, which of its networks are one group, help
+    ("convergence", convergence, read_run, None, "accuracy by epoch on training and test images (the paper's Fig. 3)"),
+    ("clean", clean, read_run, None, "accuracy by epoch on clean test images (the paper's Fig. 4)"),
+    ("weak-to-strong", weak_to_strong, read_run, None, "dynamic labels, guide and target by epoch (Sec. 3.3)"),
+    ("overfitting", overfitting, read_run, None, "accuracy under PGD-10 by epoch on held-out training images"),
+    ("bars", bars, read_evaluation, None, "accuracy under each attack (the paper's Fig. 5)"),
+    ("epsilon", accuracy_by_epsilon, read_evaluation, same_weights, "accuracy under each attack against epsilon"),
+    ("scatter", scatter, read_evaluation, seed_alone, "accuracy under an attack against clean accuracy"),
+    ("table", table, read_evaluation, seed_alone, "all accuracies, beside the paper's Tables 1 to 4"),
+)
+
+
+def parse_paths(text):
+    """'a.json,b.json' as a list of paths."""
+    return [Path(name) for name in text.split(",")]
 
 
 def parser():
     p = Parser(prog="figures.py", description=__doc__)
     kinds = p.add_subparsers(dest="kind", required=True, metavar="FIGURE")
-    for draw in (convergence, clean, weak_to_strong, overfitting, bars, table):
-        kind = draw.__name__.replace("_", "-")
-        one = kinds.add_parser(kind, description=draw.__doc__, help=draw.__doc__.split(":")[0])
-        one.set_defaults(draw=draw, read=read_evaluation if draw in (bars, table) else read_run)
-        add = one.add_argument
-        add("paths", type=Path, nargs="+", metavar="PATH", help="run directories; bars, table: JSON files or folders")
+    for name, draw, read_one, belongs, text in PICTURES:
+        one = kinds.add_parser(name, description=draw.__doc__, help=text)
+        one.set_defaults(draw=draw, read=read_one, belongs=belongs, make=draw_items)
+        add, is_table = one.add_argument, draw is table
+        kind = "run directories" if read_one is read_run else "JSON files of evaluate.py, or folders of them"
+        add("paths", type=Path, nargs="+", metavar="PATH", help=kind)
         add("--labels", nargs="+", metavar="NAME", help="one per network (default: method, and folder if need be)")
         add("--dataset-name", metavar="NAME", help="how to call the data set (default: the --dataset of the runs)")
-        add("--out", type=Path, required=draw is not table, metavar="FILE", help=".png, .pdf or .svg; of a table .md")
-    add = kinds.add_parser("images", description=attacked_images.__doc__, help="what the attack does").add_argument
+        suffixes = ".md or .csv" if is_table else ".png, .pdf or .svg"
+        add("--out", type=Path, required=not is_table, metavar="FILE", help=suffixes)
+        if is_table:
+            add("--by-seed", action="store_true", help="a row per run, not one for runs that differ in the seed alone")
+        if draw is scatter:
+            add("--attack", choices=[attack for attack in ATTACKS if attack not in ("clean", "all")], default="pgd20")
+    one = kinds.add_parser("compare", description=compare.__doc__, help="two networks image by image, B - A")
+    one.set_defaults(make=compare)
+    add = one.add_argument
+    add("a", type=parse_paths, metavar="A", help="a JSON file of evaluate.py or a folder; A1,A2,A3 for three seeds")
+    add("b", type=parse_paths, metavar="B", help="as many")
+    add("--labels", nargs=2, metavar="NAME", help="how to call A and B (default: method and folder)")
+    add("--out", type=Path, metavar="FILE", help=".md or .csv")
+    one = kinds.add_parser("images", description=attacked_images.__doc__, help="what the attack does to test images")
+    one.set_defaults(make=attacked_images)
+    add = one.add_argument
     add("checkpoint", type=Path, help="a run's last.pt, or a file with weights")
     add("--out", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
+    add("--network", choices=("target", "guide"), default="target", help="which one is attacked (default: target)")
     add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
     add("--dataset", choices=DATASETS, help="default: the run's")
     add("--data-dir", metavar="D", help="default: the run's, else 'data'")
@@ -326,31 +650,39 @@ def parser():
     return p
 
 
+def draw_items(args):
+    """The picture or page of the runs or networks in `args.paths`."""
+    items = read_all(args.read, args.paths)
+    if not items:
+        raise UserError(f"there are no results in {args.paths[0]}: evaluate.py --json writes them")
+    for item in items:
+        item.settings["dataset"] = args.dataset_name or item.settings.get("dataset")
+    if args.belongs:
+        apart = args.kind == "table" and args.by_seed
+        items = grouped(items, (lambda *_: False) if apart else args.belongs)
+    options = {"attack": args.attack} if args.kind == "scatter" else {}
+    return args.draw(items, names(items, args.labels), **options)
+
+
 @exit_status
 def main(argv):
     args = parser().parse_args(argv)
-    suffixes = [".md"] if args.kind == "table" else [*UNDATED]
-    suffix = args.out.suffix.lower() if args.out else ".md"
-    if suffix not in suffixes:
+    is_page = args.kind in ("table", "compare")
+    suffixes = [".md", ".csv"] if is_page else [*UNDATED]
+    suffix = args.out.suffix.lower() if args.out else None
+    if args.out and suffix not in suffixes:
         raise UserError(f"--out {args.out}: it ends in {', '.join(suffixes)}")
-    with matplotlib.rc_context(STYLE):
-        if args.kind == "images":
-            drawn = attacked_images(args)
-        else:
-            items = read_all(args.read, args.paths)
-            if not items:
-                raise UserError(f"there are no results in {args.paths[0]}: evaluate.py --json writes them")
-            for item in items:
-                item.settings["dataset"] = args.dataset_name or item.settings.get("dataset")
-            drawn = args.draw(items, names(items, args.labels))
-        if args.kind != "table":
+    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    with matplotlib.rc_context(defaults | STYLE):
+        made = args.make(args)
+        if not is_page:
             with atomic_write(args.out) as partial, warnings.catch_warnings(record=True) as caught:
-                drawn.savefig(partial, format=suffix[1:], metadata=UNDATED[suffix])
+                made.savefig(partial, format=suffix[1:], metadata=UNDATED[suffix])
             if caught:  # a letter that the font lacks
                 print(f"note: {caught[0].message}", file=sys.stderr)
-        elif args.out:
-            write_text(args.out, drawn)
-    print(args.out or drawn.rstrip())
+    if is_page and args.out:
+        write_text(args.out, as_csv(made) if suffix == ".csv" else as_markdown(made))
+    print(args.out or as_markdown(made, aligned=True).rstrip())
 
 
 if __name__ == "__main__":

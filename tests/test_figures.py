@@ -23,6 +23,7 @@ del LOG[2]["test_acc"]  # an epoch without a test
 CORRECT = {"clean": 893, "pgd10": 529, "pgd20": 518, "pgd50": 515, "cw": 509, "aa": 492}
 runs_in = lambda *folders: figures.read_all(figures.read_run, folders)
 networks_in = lambda *paths: figures.read_all(figures.read_evaluation, paths)
+groups_in = lambda *paths: figures.grouped(networks_in(*paths), figures.seed_alone)
 percent_interval = lambda hits, n: [100 * end for end in wilson(hits, n)]
 
 
@@ -84,6 +85,10 @@ def test_bars_are_the_accuracies_and_intervals_of_the_json(tmp_path):
             assert list(next(ends).get_ydata()) == pytest.approx(percent_interval(row["correct"], 1000))
 
 
+def markdown(*arguments):
+    return figures.as_markdown(figures.table(*arguments))
+
+
 def cells(text):
     """A page's Markdown table, as dicts by the first words of each heading."""
     lines = [line.strip("|").replace("\\|", "/") for line in text.splitlines() if line.startswith("|")]
@@ -93,7 +98,7 @@ def cells(text):
 
 
 def test_a_table_row_is_the_json_and_the_papers_row_stands_below(tmp_path):
-    text = figures.table(networks_in(make_json(tmp_path / "a.json")), ["ours|mine\n$x$"])
+    text = markdown(groups_in(make_json(tmp_path / "a.json")), ["ours|mine\n$x$"])
     ours, paper = cells(text)
     for attack, hits in CORRECT.items():
         low, high = percent_interval(hits, 1000)
@@ -101,7 +106,7 @@ def test_a_table_row_is_the_json_and_the_papers_row_stands_below(tmp_path):
     assert (ours["Method"], ours["All"], ours["Epoch"]) == ("ours/mine $x$", "51.26", "76")
     assert [*paper.values()][2:] == ["89.16", "52.88", "51.78", "51.49", "50.88", "49.20", "51.25"]
     assert "dataset cifar10, target wrn34-10, guide resnet18" in text and "AA, ε = 8/255, n = 1,000" in text
-    assert "paper" not in figures.table(networks_in(make_json(tmp_path / "b.json", network="guide")), ["a guide"])
+    assert "paper" not in markdown(groups_in(make_json(tmp_path / "b.json", network="guide")), ["a guide"])
 
 
 def test_the_papers_rows_are_those_of_method_networks_and_data_set():
@@ -199,7 +204,7 @@ def test_the_perturbation_is_magnified_so_that_epsilon_is_white_and_half_of_it_l
     ("clean nan --out a.png", "nan is damaged"),
     ("overfitting plain --out a.png", "plain has no val_pgd: train with --val-images"),
     ("bars 4.json 8.json --out a.png", "pgd10 has another epsilon"),
-    ("table 4.json 4.json", "2 to name, but the names are DYNAT, 4/last, DYNAT, 4/last: give each its own"),
+    ("table 4.json 4.json", "2 to name, but the names are DYNAT, 4/last, seed ?, DYNAT, 4/last, seed ?: give"),
     ("table run", "there are no results in run"),
     ("table n.json", "n.json is damaged"),
     ("table correct.json", "correct.json is damaged"),
