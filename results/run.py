@@ -196,7 +196,7 @@ def main(argv):
             print(f"{name}: {error}", file=sys.stderr)
         measured = [str(folder / row) for row in rows if (folder / row / "last.json").exists()]
         if measured:
-            failed |= figures.main(["table", *measured, *naming, "--out", f"{folder}.md"]) != 0
+            failed |= figures.main(["table", "--by-seed", *measured, *naming, "--out", f"{folder}.md"]) != 0
     if failed:
         raise SystemExit(1)
 

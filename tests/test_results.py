@@ -1,6 +1,7 @@
 """results/run.py runs plain commands, goes on where it stopped, and keeps what was measured."""
 
 import csv
+import re
 import shlex
 import sys
 
@@ -142,6 +143,24 @@ def test_the_real_scripts_fill_a_row(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert exit_status("tiny", "--rows", "pgd-at", "--", "--train-images", "100", "--epochs", "1") == 0
     assert "| PGD-AT | 1 |" in (tmp_path / "results" / "tiny.md").read_text()
+
+
+def test_the_page_shows_what_its_commands_print_and_what_holms_correction_leaves(tmp_path, monkeypatch):
+    page, printed = (ROOT / "results" / "README.md").read_text(), set()
+    monkeypatch.chdir(ROOT)
+    for command in re.findall(r"figures\.py (compare .*)", page):
+        assert figures.main([*command.split(), "--out", str(tmp_path / "out.csv")]) == 0
+        for row in csv.DictReader((tmp_path / "out.csv").read_text().splitlines()):
+            a, b, difference, low, high = (float(row[name]) for name in ("A", "B", "B - A", "low", "high"))
+            printed |= {f"{a:.2f} → {b:.2f}", f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"}
+    shown = re.findall(r"\d+\.\d\d → \d+\.\d\d|[+-]\d+\.\d\d \[.+?\]", page)
+    assert set(shown) <= printed
+    answers = re.findall(r"\| ([\d.e-]+) \| (\*\*\w+\*\*|\w+ †|cannot tell) \|$", page, re.MULTILINE)
+    answers = sorted((float(p), answer) for p, answer in answers)
+    passed = [p * (len(answers) - rank) <= 0.05 for rank, (p, _) in enumerate(answers)]
+    kept = passed.index(False)
+    assert ["**" in answer for _, answer in answers] == [rank < kept for rank in range(len(answers))]
+    assert f"hold {len(answers)} comparisons" in page and f"leaves {kept}:" in page
 
 
 def test_the_papers_column_all_is_the_mean_of_its_attacks():
