@@ -1,5 +1,5 @@
 """The L-infinity PGD loop, its starts and objectives, the evaluation's PGD and C&W, and the weight perturbation (AWP).
-This file imports nothing but torch.
+This file needs nothing but torch.
 
     S(x) = { x' : |x' - x| <= epsilon, x' in [0, 1] }                                    Eq. (1)
     x_adv <- P_S( x_adv + step_size * sign( grad objective(model(x_adv)) ) )              `steps` times

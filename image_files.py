@@ -1,5 +1,6 @@
-"""Image files as 32x32 RGB pixels, decoded on all cores. Imports nothing of this project and no torch, so that worker
-processes, which run this file, start fast.
+"""Image files as 32x32 RGB pixels, decoded on all cores.
+
+Of this project it imports nothing, and no torch: worker processes run this file and should start fast.
 """
 
 import os

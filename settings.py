@@ -1,7 +1,8 @@
 """The settings of a training run: the flags, their defaults, how a run's settings follow from both, and its name.
 
-It imports torch, cli, data and models. A method's own settings stand beside its step; `methods` is the registry of
-train_dynat.py, `flags` what `parse` gives. A flag that is not typed is absent from `typed`: no default is in it.
+A method's own settings stand beside its step; `methods` is the registry of train_dynat.py, `flags` what `parse` gives.
+A flag that is not typed is absent from `typed`: no default is in it.
+Of this project it imports `cli`, `data` and `models`.
 """
 
 from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction

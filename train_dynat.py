@@ -29,7 +29,7 @@ import checkpoints
 import distributed
 from attacks import eval_mode, gaussian_start, linf_pgd, uniform_start
 from cli import Progress, UserError, exit_status, numerics, provenance
-from data import check_classes, class_balanced_subset, hold_out, load_images, make_generator, train_batches
+from data import check_classes, class_balanced_subset, hold_out, load_images, seed_of, train_batches
 from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
 from models import build_model
 from robustness import correct_under_attack
@@ -139,7 +139,7 @@ def prepare_networks(settings, num_classes, device):
     layout = memory_format(device, settings["precision"])
     for role in ("target", "guide"):
         if role in settings:
-            torch.manual_seed(make_generator("cpu", settings["seed"], role).initial_seed())
+            torch.manual_seed(seed_of(settings["seed"], role))
             model = build_model(settings[role], num_classes).to(device, memory_format=layout)
             networks[role] = nn.SyncBatchNorm.convert_sync_batchnorm(model) if settings["sync_bn"] else model
     weights = [weight for model in networks.values() for weight in model.parameters()]
