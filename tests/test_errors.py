@@ -271,6 +271,8 @@ def test_a_callers_torch_settings_reach_no_weights_and_blame_no_file(error_of, m
     torch.set_default_device("meta")
     torch.set_default_dtype(torch.bfloat16)
     torch.set_float32_matmul_precision("medium")
+    with cli.numerics(deterministic=True):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
     with torch.autocast("cpu"), torch.inference_mode():
         statuses = [train_dynat.main(f"{SHORT} --out b".split()), evaluate.main(EVALUATE.split())]
         left = torch.get_default_device().type, torch.get_default_dtype(), torch.is_grad_enabled()
