@@ -309,7 +309,7 @@ def _stamp(files, root):
     for file in files:
         status = file.stat()
         known_by = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-        digest.update(repr((str(file.relative_to(root)), known_by)).encode())
+        digest.update(repr((str(file).removeprefix(str(root)), known_by)).encode())
     return digest.hexdigest()
 
 
