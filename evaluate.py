@@ -2,8 +2,8 @@
 
     python evaluate.py runs/dynat-cifar10-wrn34-10-s1/last.pt --attacks clean,pgd10,pgd20,pgd50,cw,aa
 
-This file holds what is done with the masks of `robustness.py`, whose table lists the attacks (see also --help), and may
-import any other. pgd<steps> and cw are those of the paper's tables (auto_attack_eval1.py in its release); the tables
+This file holds what is done with the masks of `robustness.py`, whose table lists the attacks (see also --help).
+pgd<steps> and cw are those of the paper's tables (auto_attack_eval1.py in its release); the tables
 have no FGSM. AutoAttack is by Croce and Hein (2020), from the package pyautoattack; what its own checks find is printed
 as warnings. All attacks run in float32 and in eval mode. On the same device a command gives the same figures again,
 except for AutoAttack on a GPU: FAB uses `cumsum`, which is not deterministic there.
