@@ -213,6 +213,15 @@ def resolve(typed, methods, flags):
     return settings
 
 
+def skipped_rates(settings, methods):
+    """The learning rates of the method's own schedule at which no epoch of this run trains, since it has so few."""
+    method = methods[settings["method"]]
+    own = {**method["training"], **method.get("for_target", {}).get(settings["target"], {})}
+    reached = [factor for first, factor in own["milestones"] if first <= own["epochs"]]
+    trained = {learning_rate(settings, epoch) for epoch in range(1, settings["epochs"] + 1)}
+    return [settings["lr"] * factor for factor in reached if settings["lr"] * factor not in trained]
+
+
 def not_used(flag, method):
     """The UserError for a flag that the method has no use for."""
     return UserError(f"--method {method} does not use {flag.option_strings[-1]}: leave it out")

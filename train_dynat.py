@@ -33,7 +33,7 @@ from data import check_classes, class_balanced_subset, hold_out, load_images, se
 from losses import dynamic_labels, guide_loss, kl_divergence, target_loss
 from models import build_model
 from robustness import correct_under_attack
-from settings import ATTACK, learning_rate, parse, resolve, resumed_settings, run_name
+from settings import ATTACK, learning_rate, parse, resolve, resumed_settings, run_name, skipped_rates
 from speed import FastNetwork, memory_format, tf32, update_ema
 from variants import awp, fat, gairat, lbgat, mail, mart, pgd_at, sat, trades
 
@@ -301,6 +301,10 @@ def print_start(facts, train_labels, run_dir):
         if first <= settings["epochs"]:
             rates[first] = settings["lr"] * factor
     print("lr " + ", ".join(f"{rate:.4g} from epoch {first}" for first, rate in rates.items()))
+    skipped = skipped_rates(settings, METHODS) if settings["lr_milestones"] is None else []
+    if skipped:
+        words = ", ".join(f"{rate:.4g}" for rate in skipped)
+        print(f"warning: in so few epochs none trains at lr {words} of the method's schedule")
     for epoch in settings["lr_milestones"] or ():
         if epoch > settings["epochs"]:
             print(f"warning: --lr-milestones {epoch} lies beyond the last epoch, {settings['epochs']}")

@@ -20,7 +20,7 @@ import evaluate
 import train_dynat
 from cli import UserError
 from models import build_model
-from settings import TINY, learning_rate, parse, run_name
+from settings import TINY, learning_rate, parse, run_name, skipped_rates
 from train_dynat import METHODS, main
 
 DYNAT = {"guide": "resnet18", "inner": False, "static_labels": False, "beta": 1.0}
@@ -360,6 +360,16 @@ def test_an_update_that_is_not_finite_is_named_and_not_saved(tmp_path, capsys, w
         assert main([*LONG, "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.count(f"{said}: this epoch is not saved") == 1
     check_resume(tmp_path / "resumed", tmp_path / "run", whole[0])
+
+
+def test_a_short_run_names_the_rates_that_its_schedule_loses():
+    lost = {"dynat": [0.1, 0.001], "pgd-at": [0.01], "trades": [0.01], "trades --target cnn --dataset tiny": [0.01]}
+    for method, rates in lost.items():
+        settings = settings_of(f"--method {method} --epochs 2")
+        assert skipped_rates(settings, METHODS) == pytest.approx(rates), method
+    for method in METHODS:
+        for argv in ("", "--target resnet18"):
+            assert skipped_rates(settings_of(f"--method {method} {argv}"), METHODS) == [], method
 
 
 def test_an_idle_flag_is_refused():
