@@ -319,6 +319,7 @@ def _decode_all(files, root):
     done = transparent = 0
     try:
         with Progress(len(files), 0) as progress:
+            progress.leave = False  # on a terminal the bar goes in the end
             for pixels, count in image_files.decode_all(files):
                 x[done : done + len(pixels)] = torch.from_numpy(pixels)
                 done += len(pixels)
