@@ -21,7 +21,10 @@ Every accuracy has its number of images and its 95 % interval (Wilson). Nothing 
 import csv
 import io
 import json
+import locale
+import logging
 import math
+import os
 import re
 import statistics
 import sys
@@ -32,9 +35,7 @@ from pathlib import Path
 from textwrap import fill
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from checkpoints import load_network, load_trained
 from cli import (
@@ -51,6 +52,16 @@ from cli import (
 from data import DATASETS, to_float
 from evaluate import ALL, load_test_images, wilson
 from robustness import ATTACKS, attack_batch, find_attack, split_name
+
+# A person's matplotlibrc and MPLBACKEND are read by the import, and used nowhere: main() begins with the defaults.
+os.environ.pop("MPLBACKEND", None)
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+except (OSError, ValueError, locale.Error) as error:
+    print(f"error: matplotlib cannot read its settings (matplotlibrc): {error}", file=sys.stderr)
+    sys.exit(2)
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow, which is too light for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -1,12 +1,20 @@
 """figures.py draws and tables what was logged and measured, in complete files; a mistake gives one line."""
 
+import csv
 import json
+import math
 import os
+import subprocess
+import sys
+from fractions import Fraction
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import checkpoints
@@ -205,6 +213,9 @@ def test_the_perturbation_is_magnified_so_that_epsilon_is_white_and_half_of_it_l
     ("overfitting plain --out a.png", "plain has no val_pgd: train with --val-images"),
     ("bars 4.json 8.json --out a.png", "pgd10 has another epsilon"),
     ("table 4.json 4.json", "2 to name, but the names are DYNAT, 4/last, seed ?, DYNAT, 4/last, seed ?: give"),
+    ("bars weights.pt --out a.png", "weights.pt is damaged, or something else: "),
+    ("compare 4.json 4.json,8.json", "A has 1 paths and B has 2"),
+    ("compare 4.json,8.json 4.json,8.json", "4.json, 8.json: not a network for each"),
     ("table run", "there are no results in run"),
     ("table n.json", "n.json is damaged"),
     ("table correct.json", "correct.json is damaged"),
@@ -223,7 +234,139 @@ def test_a_mistake_or_a_damaged_file_gives_one_line_and_no_file(tmp_path, monkey
         report = json.loads((tmp_path / "4.json").read_text())
         report["results"][1][name] = value
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04" + bytes([255] * 9999))
     before = sorted(tmp_path.rglob("*"))
     assert figures.main(arguments.split()) == 2 and sorted(tmp_path.rglob("*")) == before
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err and len(err) < 250, err
+
+
+def with_matrix(path, masks, test_images="pixels", y=0, **settings):
+    """An evaluation with its matrix: `masks` are {attack: (n,) bool}."""
+    n = len(next(iter(masks.values())))
+    make_json(path, {attack: int(mask.sum()) for attack, mask in masks.items()}, n=n, run=path.stem, **settings)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test_images": test_images}))
+    columns = {f"target {attack}": mask for attack, mask in masks.items()}
+    np.savez(path.with_suffix(".npz"), **columns, y=np.full(n, y), indices=np.arange(n))
+    return str(path)
+
+
+def compared(out, *paths):
+    assert figures.main(["compare", *paths, "--out", str(out)]) == 0
+    return [*csv.DictReader(out.read_text().splitlines())]
+
+
+counts = st.integers(0, 10_000)
+
+
+@given(counts, counts, counts)
+def test_a_paired_difference_changes_its_sign_with_the_order_and_p_is_the_binomials(only_a, only_b, others):
+    n = only_a + only_b + others + 1
+    low, high = figures.paired_interval(only_a, only_b, n)
+    assert -1 <= low < high <= 1 and low <= (only_b - only_a) / n <= high
+    assert figures.paired_interval(only_b, only_a, n) == (-high, -low)
+    assert figures.paired_interval(0, 0, n)[0] < 0 < figures.paired_interval(0, 0, n)[1]
+    assert 0 <= figures.mcnemar(only_a, only_b) == figures.mcnemar(only_b, only_a) <= 1
+    a, b = only_a % 40, only_b % 40
+    tail = sum(math.comb(a + b, k) for k in range(min(a, b) + 1))
+    assert figures.mcnemar(a, b) == min(1, float(Fraction(2 * tail, 2 ** (a + b))))
+
+
+@pytest.mark.parametrize("both", [(0.02, 0.02), (0.1, 0.05), (0.01, 0.003), (0.3, 0.2)])
+def test_the_paired_interval_holds_the_true_difference_19_times_of_20(both):
+    draws = np.random.default_rng(0).multinomial(1000, [*both, 1 - sum(both)], size=4000)
+    ends = [figures.paired_interval(only_a, only_b, 1000) for only_a, only_b, _ in draws.tolist()]
+    assert 0.93 < np.mean([low <= both[1] - both[0] <= high for low, high in ends]) < 0.97
+
+
+def test_compare_counts_the_images_that_one_network_alone_has_right(tmp_path, capsys):
+    rng, pairs, differences = np.random.default_rng(0), [], []
+    for seed in (1, 2, 3):
+        a, b = rng.random((2, 500)) < [[0.5], [0.6]]
+        paths = tmp_path / f"a-s{seed}.json", tmp_path / f"b-s{seed}.json"
+        side_a = with_matrix(paths[0], {"clean": a, "pgd10": a & b}, seed=seed)
+        pairs.append([side_a, with_matrix(paths[1], {"clean": b, "pgd10": b, "cw": b}, seed=seed, beta=2.0)])
+        clean, pgd = compared(tmp_path / "one.csv", *pairs[-1])
+        alone = [str((a & ~b).sum()), str((b & ~a).sum())]
+        assert [clean["A alone"], clean["B alone"]] == alone and pgd["A alone"] == "0"
+        assert float(clean["B - A"]) == pytest.approx(100 * (b.mean() - a.mean()))
+        differences.append(float(clean["B - A"]))
+    mean = compared(tmp_path / "all.csv", *(",".join(side) for side in zip(*pairs, strict=True)))[3]
+    half = 4.303 * np.std(differences, ddof=1) / 3**0.5
+    assert float(mean["B - A"]) == pytest.approx(np.mean(differences)) and mean["seed"] == "mean of 3"
+    assert float(mean["high"]) - float(mean["B - A"]) == pytest.approx(half)
+    itself, _ = compared(tmp_path / "same.csv", pairs[0][0], pairs[0][0])
+    assert float(itself["low"]) < float(itself["B - A"]) == 0 < float(itself["high"]) and itself["p"] == "1.0"
+    capsys.readouterr()
+    assert figures.main(["compare", *pairs[0]]) == 0 and "PGD-10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("other", "says"), [
+    ({"y": 1}, "clean is of other images or labels in"),
+    ({"test_images": "others"}, "clean is of other images or labels in"),
+    ({"test_images": None}, "clean is of other images or labels in"),
+    ({"masks": {"clean": np.ones(9, bool)}}, "clean is of other images or labels in"),
+    ({"masks": {"pgd10": np.ones(8, bool)}, "epsilon": 4 / 255}, "pgd10 has another epsilon"),
+    ({"masks": {"cw": np.ones(8, bool)}}, "no attack on the same network in common"),
+    ("missing", "there is no file b.npz"),
+    ("stale", "b.npz is damaged, or not of the JSON file beside it"),
+    ("cut", "b.npz is damaged, or not of the JSON file beside it"),
+])  # fmt: skip
+def test_what_is_not_paired_is_not_compared(tmp_path, monkeypatch, capsys, other, says):
+    monkeypatch.chdir(tmp_path)
+    masks = {"clean": np.ones(8, bool), "pgd10": np.zeros(8, bool)}
+    with_matrix(figures.Path("a.json"), masks)
+    with_matrix(figures.Path("b.json"), **({"masks": masks} | (other if isinstance(other, dict) else {})))
+    if other == "missing":
+        os.remove("b.npz")
+    if other == "stale":
+        np.savez("b.npz", **{"target clean": np.zeros(8, bool)}, y=np.zeros(8), indices=np.arange(8))
+    if other == "cut":
+        os.truncate("b.npz", 300)
+    assert figures.main(["compare", "a.json", "b.json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and says in err
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path, capsys):
+    for seed, correct in {1: 500, 2: 520, 3: 570}.items():
+        make_json(tmp_path / f"{seed}.json", {"clean": correct}, run=f"dynat-s{seed}", seed=seed, data_dir=str(seed))
+    make_json(tmp_path / "aa.json", {"aa": 40}, n=100, run="dynat-s1", seed=1, data_dir="1")
+    make_json(tmp_path / "beta.json", {"clean": 600}, run="dynat-s1-beta", seed=1, beta=2.0, dataset="tiny")
+    groups = groups_in(*sorted(tmp_path.iterdir()))
+    mean, _, beta = cells(markdown(groups, ["A", "B"]))
+    assert (mean["Method"], mean["Clean"]) == ("A, 3 seeds", "53.00 ± 3.61") and beta["Clean"].startswith("60.00 [")
+    assert mean["AA"].startswith("40.00 [") and mean["AA"].endswith("(1 of 3 seeds)")
+    words = ["table", str(tmp_path), "--out", str(tmp_path / "out.csv")]
+    assert figures.main(words) == figures.main([*words, "--by-seed", "--dataset-name", "mine"]) == 0
+    rows = [*csv.DictReader((tmp_path / "out.csv").read_text().splitlines())]
+    accuracies = [(row["attack"], float(row["accuracy"])) for row in rows]
+    assert accuracies[:2] == [("clean", 50), ("aa", 40)] and len(rows) == 5
+
+
+def test_epsilon_and_scatter_draw_the_measured_accuracies(tmp_path):
+    for i in (4, 8):
+        make_json(tmp_path / f"{i}.json", {"clean": 800, "pgd20": 700 - 50 * i}, epsilon=i / 255)
+    paths = sorted(tmp_path.iterdir())
+    (ax,) = figures.accuracy_by_epsilon(figures.grouped(networks_in(*paths), figures.same_weights), ["A"]).axes
+    assert [line.get_xydata().round(9).tolist() for line in ax.get_lines()] == [[[0, 80], [4, 50], [8, 30]]]
+    for seed in (1, 2):
+        make_json(tmp_path / f"{seed}.json", {"clean": 100 * seed, "pgd20": 10 * seed}, seed=seed, run=f"-s{seed}")
+    (ax,) = figures.scatter(groups_in(tmp_path / "1.json", tmp_path / "2.json"), ["A"], "pgd20").axes
+    assert ax.get_lines()[0].get_xydata().tolist() == [[10, 1], [20, 2]]
+
+
+def test_a_persons_settings_never_reach_a_picture_and_a_name_that_is_not_utf8_is_escaped(tmp_path):
+    run, out, rc = make_run(tmp_path / os.fsdecode(b"caf\xe9")), tmp_path / "a.svg", tmp_path / "matplotlibrc"
+    words = ["clean", str(run), "--labels", os.fsdecode(b"\xe9"), "--out", str(out)]
+    assert figures.main(words) == 0
+    content = out.read_bytes()
+    assert b"\\udce9: last" in content
+    for lines in ("font.size: 30\naxes.grid: False", "svg.fonttype: path\nlines.color: r", "path.sketch: 1, 9, 2"):
+        rc.write_text(lines)
+        with matplotlib.rc_context(fname=rc):
+            assert figures.main(words) == 0 and out.read_bytes() == content
+    rc.write_text("font.size: 30\nbackend: nothing\nno colon")
+    person = {"MPLBACKEND": "nothing", "MATPLOTLIBRC": str(rc), "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, ROOT / "figures.py", *words], env=os.environ | person, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and out.read_bytes() == content
