@@ -360,7 +360,7 @@ def main(argv):
             settings = resumed_settings(typed, checkpoint, run_dir, METHODS, flags)
         check_device(settings, device)
         if where["device"] is None and device.type == "cpu":
-            print("no GPU found: training on the CPU")
+            print("no NVIDIA GPU found: training on the CPU")
         if where["resume"] and checkpoint is None:
             print(f"note: no run in {run_dir} yet: starting it")
         with numerics(deterministic=settings["deterministic"], benchmark=not settings["deterministic"]):

@@ -78,7 +78,7 @@ def test_the_quick_start_on_a_few_images_ends_by_saying_what_to_run_next_and_tha
     monkeypatch.chdir(tmp_path)
     assert train_dynat.main(shlex.split(f"{TRAIN} {SMALL}")[2:]) == 0
     first, *_, picture, attack = capsys.readouterr().out.splitlines()
-    assert (first, attack) == ("no GPU found: training on the CPU", ATTACK)
+    assert (first, attack) == ("no NVIDIA GPU found: training on the CPU", ATTACK)
     assert figures.main(shlex.split(picture)[2:]) == 0
     assert evaluate.main(shlex.split(f"{attack} --images 20")[2:]) == 0
 
