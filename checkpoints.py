@@ -1,5 +1,4 @@
-"""Files of a run: saved completely or not at all, loaded safely and strictly; and the run directory. Of this project it
-imports `cli` and `models` alone.
+"""Files of a run: saved completely or not at all, loaded safely and strictly; and the run directory.
 
 A run's `last.pt` is a dict of tensors, numbers and strings: `target`, `guide` and `ema` (state_dicts, where there are
 such networks), `optimizer`, `epoch` (finished epochs), `log` (a dict per epoch), `settings` (every resolved flag),
@@ -14,7 +13,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -22,6 +20,7 @@ import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import nn
 from torchvision.transforms import Normalize
@@ -30,10 +29,28 @@ from cli import PARTIAL, UserError, atomic_write, check_file, first_line, write_
 from models import build_model
 
 DEAD_PREFIX = "sub_block1."  # 61 entries of the releases' WRN-34-10 that its forward never uses
-WRAPPERS = ("state_dict", "model", "net")  # keys under which other projects keep the weights
-PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
-# Names under which other projects keep the normalisation of images: in the network, or in a layer before it.
-NORMALISATIONS = (("mu", "sigma"), ("mean", "std"))
+PREFERRED = {"state_dict", "model"}  # entries that count where several hold the network
+AVERAGE = r"(?<![a-z])(ema|swa|avg|average)"  # how an entry with an average of the weights is called
+MEANS, STDS = ("mean", "mu"), ("std", "sigma")  # names of the normalisation that other projects keep in the file
+# What is in a file of another kind, in lower case: its beginning, or the names in its zip archive. What to do with it.
+SAVE = "torch.save({name: tensor, ...}, 'w.pt')"
+KINDS = {
+    rb"\A(<!doctype|<html|<\?xml)": "a web page, not a checkpoint: download the file itself",
+    rb"\Aversion https://git-lfs": "a git-lfs pointer, not a checkpoint: fetch the file itself with git lfs pull",
+    rb"\A(\x1f\x8b|\xfd7zxz|bzh\d|\x28\xb5\x2f\xfd)": "compressed: unpack it with gunzip, unxz, bunzip2 or unzstd",
+    rb"\A\x08[\x01-\x1f][\x12\x3a]": "an ONNX graph, with layers merged: save the state_dict of the network itself",
+    rb"\A\x80(?!\x02\x8a\nl)": f"a pickle not by torch.save that could run code: refused; if you trust it, {SAVE}",
+    rb"/constants\.pkl$": "a TorchScript archive: torch.save(torch.jit.load(FILE).state_dict(), 'w.pt')",
+    rb"/archive_format$|^serialized_": "from torch.export: torch.save(torch.export.load(FILE).state_dict, 'w.pt')",
+    rb"\.npy$": f"an archive of NumPy arrays: load it with numpy.load and {SAVE}",
+}
+# Classes of what other projects keep beside the weights. `Unread` stands for objects of these.
+COMPANY = (
+    "argparse.Namespace datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone numpy.dtype "
+    "numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar numpy.core.multiarray._reconstruct "
+    "numpy._core.multiarray._reconstruct pathlib.PosixPath pathlib.WindowsPath pathlib.PurePosixPath "
+    "pathlib.PureWindowsPath pathlib._local.PosixPath pathlib._local.WindowsPath"
+)
 # What a checkpoint must hold to be evaluated, and to be continued; its settings, and each row of its log.
 TRAINED = {"target": dict, "classes": list, "epoch": int, "settings": dict}
 RUN = {**TRAINED, "optimizer": dict, "log": list, "images": dict, "config": dict}
@@ -62,51 +79,98 @@ def load(path):
     return load_with_sha256(path)[0]
 
 
+class Unread:
+    """Stands for an object beside the weights that nobody asks for: the class that the file names is never called."""
+
+    def __init__(self, *ignored):
+        pass
+
+    __setstate__ = __init__
+
+
 def load_with_sha256(path):
-    """(what `save` or another project's `torch.save` put into `path`, on the CPU; the file's SHA-256). Only tensors,
-    numbers, strings and containers are read, and the file once. Raises UserError for a file that is missing, truncated,
-    damaged or no checkpoint, or that could run code."""
+    """(what `save`, another project's `torch.save` or safetensors put into `path`, on the CPU; the file's SHA-256). Of
+    a folder, the one .safetensors file in it. Only tensors, numbers, strings and containers are read, and the file
+    once. Raises UserError for a file that is missing, truncated, damaged or of another kind, or that could run code."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name a checkpoint in it, such as {path / 'last.pt'}")
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            example = (files or [path / "last.pt"])[0]
+            raise UserError(f"{path} is a folder: name a checkpoint in it, such as {example}")
+        path = files[0]
     check_file(path)
     content = path.read_bytes()
     beginning = content[:512].lstrip().lower()
     if not beginning:
         raise UserError(f"{path} is empty")
-    if beginning.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
-    if beginning.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a git-lfs pointer, not a checkpoint: fetch the file itself with git lfs pull")
+    _check_kind(path, beginning)
+    harmless = [(Unread, name) for name in COMPANY.split()]
+    is_zip = zipfile.is_zipfile(io.BytesIO(content))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
             warnings.simplefilter("ignore")  # about pickle protocols: the reader gets one line, below
-            if zipfile.is_zipfile(io.BytesIO(content)):
-                with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch does not look at the checksums
-                    has_checksums = any(entry.CRC for entry in archive.infolist())
-                    damaged = has_checksums and archive.testzip()
-                if damaged:
-                    raise UserError(f"{path} is damaged: its entry {damaged} does not match its checksum")
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            if is_zip:
+                _check_zip(path, content)
+            if content[8:10] == b'{"':
+                found = safetensors.torch.load(content)
+            else:
+                found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True, mmap=False)
             _check_plain(found, path)
     except (UserError, MemoryError):
         raise
-    except pickle.UnpicklingError as error:
-        # A pickle begins with 0x80, alone or in a zip archive. Any other file is no code either, only unreadable.
-        if beginning.startswith((b"\x80", b"pk")) and re.search("GLOBAL|Unsupported", str(error)):
-            raise UserError(f"{path} holds more than tensors and numbers and could run code: refused") from None
-        raise UserError(f"{path} is not a checkpoint, or a damaged one") from None
-    except Exception:  # a damaged file makes torch, pickle and zipfile raise anything
-        raise UserError(f"{path} is not a checkpoint, or a truncated one") from None
+    except Exception as error:  # a damaged file makes torch, pickle, zipfile and safetensors raise anything
+        raise UserError(f"{path} {_refusal(error, content, is_zip)}") from None
     return found, hashlib.sha256(content).hexdigest()
+
+
+def _check_kind(path, text):
+    """Raises UserError if a file that begins so, or the names in a zip archive, are those of another kind of file."""
+    for pattern, what in KINDS.items():
+        if re.search(pattern, text, re.MULTILINE):
+            raise UserError(f"{path} is {what}")
+
+
+def _check_zip(path, content):
+    """Raises UserError if a zip archive with this content is of another kind, or damaged: torch reads no checksums."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = archive.namelist()
+        _check_kind(path, "\n".join(names).encode(errors="replace"))
+        if not any(name.endswith("data.pkl") for name in names):
+            raise UserError(f"{path} is a zip archive, not a checkpoint: unpack it")
+        has_checksums = any(entry.CRC for entry in archive.infolist())
+        damaged = has_checksums and archive.testzip()
+    if damaged:
+        raise UserError(f"{path} is damaged: its entry {damaged} does not match its checksum")
+
+
+def _refusal(error, content, is_zip):
+    """What to say of a file with this content, whose reading ended with `error`."""
+    if "TORCH_FORCE" in str(error):
+        return f"was not read: {first_line(error)}"
+    is_pickle = is_zip or content.startswith(b"\x80")
+    named = re.search(r"GLOBAL (\S+)|Unsupported operand|must be imported", str(error))
+    if is_pickle and named:
+        module = "a whole pickled module, " if b"_parameters" in content else ""
+        return (
+            f"holds {module}{named[1] or 'a newer pickle protocol'} and could run code: refused; if you trust it, "
+            "torch.load it with weights_only=False and torch.save its state_dict alone"
+        )
+    if is_zip:  # whole, as far as its checksums say
+        return "is not a checkpoint that torch reads safely: torch.save its state_dict alone"
+    if is_pickle or content.startswith(b"PK") or content[8:10] == b'{"':
+        return "is a damaged or truncated checkpoint"
+    return f"is not a checkpoint: it begins with {content[:12]!r}"
 
 
 def _check_plain(content, path):
     """Raises UserError if a tensor inside is not a plain one of real numbers in memory."""
     if isinstance(content, torch.Tensor):
+        if content.is_quantized:
+            raise UserError(f"{path} holds quantised tensors: save the network's state_dict before it is quantised")
         plain = content.layout == torch.strided and content.device.type == "cpu"
-        if not plain or content.is_nested or content.is_quantized or content.is_complex():
-            raise UserError(f"{path} holds a tensor that is sparse, nested, quantised, complex or without content")
+        if not plain or content.is_nested or content.is_complex():
+            raise UserError(f"{path} holds a tensor that is sparse, nested, complex or without content")
     elif isinstance(content, (dict, list, tuple)):
         for value in content.values() if isinstance(content, dict) else content:
             _check_plain(value, path)
@@ -127,43 +191,106 @@ def invalid_keys(content, types):
 # Networks
 
 
-def bare_state_dict(content):
-    """The state_dict inside `content` with this project's keys: without wrappers, prefixes and dead entries. Raises
-    UserError if there is none, or if two entries get the same key."""
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content:
-        raise UserError("the file holds no state_dict")
-    state_dict = {}
+class Candidate:
+    """The tensors of a dict in a file whose keys begin with `prefix`, without it; the others; and where the dict is."""
+
+    def __init__(self, tensors, prefix, where):
+        self.prefix, self.where = prefix, where
+        self.tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        self.others = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
+        self.name = "/".join(filter(None, (where, prefix))) or "bare tensors"
+        self.is_average = "n_averaged" in tensors or bool(re.search(AVERAGE, self.name.lower()))
+        self.is_preferred = not PREFERRED.isdisjoint(re.split("[/.]", self.name))
+
+    def count(self, expected):
+        """How many of the expected tensors are there, in their shape."""
+        return sum(key in self.tensors and self.tensors[key].shape == expected[key].shape for key in expected)
+
+
+def candidates(content, first, where=""):
+    """Every place in `content`, at any depth, where a network whose first key is `first` might be."""
+    if not isinstance(content, dict):
+        return []
+    tensors, found = {}, []
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"the file holds no state_dict: {key!r} is a {type(value).__name__}, not a tensor")
-        while key.startswith(PREFIXES):
-            key = key.split(".", 1)[1]
-        if key in state_dict:
-            raise UserError(f"the file holds {key} twice, with and without a prefix: which one counts?")
-        if not key.startswith(DEAD_PREFIX):
-            state_dict[key] = value
-    if {key.split(".")[0] for key in state_dict} == {"0", "1"}:  # Sequential(normalisation, network)
-        state_dict = {key.split(".", 1)[1]: value for key, value in state_dict.items()}
-    return state_dict
+        if isinstance(key, str) and isinstance(value, torch.Tensor):
+            tensors[key] = value
+        found += candidates(value, first, f"{where}/{key}" if where else str(key))
+    prefixes = {key.removesuffix(first) for key in tensors if f".{key}".endswith(f".{first}")}
+    return found + [Candidate(tensors, prefix, where) for prefix in sorted(prefixes)]
 
 
-def split_normalisation(state_dict):
-    """Splits a bare state_dict into the network's own entries and a layer that normalises its images, or None. Raises
-    UserError if mean and std are not those of images in [0, 1]."""
-    for names in NORMALISATIONS:
-        if all(name in state_dict for name in names):
-            mean, std = (state_dict[name].float().flatten() for name in names)
-            of_rgb = {len(mean), len(std)} <= {1, 3}
-            in_range = ((mean >= 0) & (mean <= 1)).all() and ((std > 0) & (std <= 1)).all()
-            if not of_rgb or not in_range:
-                shown = " and ".join(f"{name} {state_dict[name].flatten()[:3].tolist()}" for name in names)
-                raise UserError(f"the file's normalisation is not one of RGB images in [0, 1]: {shown}")
-            rest = {key: value for key, value in state_dict.items() if key not in names}
-            return rest, Normalize(mean.expand(3).tolist(), std.expand(3).tolist())
-    return state_dict, None
+def choose(fitting, path, weights):
+    """The one of several candidates that counts: an average only for `weights` "ema". Raises UserError if unclear."""
+    chosen = [candidate for candidate in fitting if candidate.is_average == (weights == "ema")]
+    if weights == "ema" and not chosen:
+        raise UserError(f"{path} holds no averaged weights")
+    chosen = chosen or fitting
+    preferred = [candidate for candidate in chosen if candidate.is_preferred]
+    if len(preferred) == 1:
+        return preferred[0]
+    if len(chosen) > 1:
+        names = " and ".join(candidate.name for candidate in chosen)
+        raise UserError(f"{path} holds {len(chosen)} networks that fit, {names}: save the one that counts alone")
+    return chosen[0]
+
+
+def find_weights(content, expected, path, weights="last", normalise=None):
+    """The network in another project's file: (state_dict to compare with `expected`, the layer that normalises its
+    images or None, what was taken and left out in words). `weights` "ema" takes an average. `normalise` is (mean, std)
+    where the file holds none. Raises UserError if it is not clear what counts."""
+    counted = {key: value for key, value in expected.items() if not key.endswith("num_batches_tracked")}
+    first = next(iter(expected))
+    found = candidates(content, first)
+    if not found:
+        raise UserError(f"{path} holds no state_dict of this network: no tensor in it is called {first}")
+    fitting = [candidate for candidate in found if candidate.count(counted) == len(counted)]
+    taken = max(found, key=lambda candidate: candidate.count(counted))  # load_weights says what is missing in it
+    if fitting:
+        taken = choose(fitting, path, weights)
+
+    state_dict = {key: value for key, value in taken.tensors.items() if not key.startswith(DEAD_PREFIX)}
+    company = {key: value for key, value in taken.others.items() if key != "n_averaged"}
+    for key in sorted(state_dict.keys() - expected.keys()):
+        if key.split(".")[-1] in (*MEANS, *STDS):
+            company[key] = state_dict.pop(key)
+    means = [key for key in company if key.split(".")[-1] in MEANS]
+    stds = [key for key in company if key.split(".")[-1] in STDS]
+    after_layers = re.search(r"(^|\.)[1-9]\d*\.$", taken.prefix)  # as in Sequential(normalisation, network)
+    notes = []
+    if len(means) == len(stds) == 1:
+        if normalise:
+            raise UserError(f"{path} has its own {means[0]} and {stds[0]}: leave out --normalise")
+        normalise = company.pop(means[0]), company.pop(stds[0])
+        notes.append(f"images normalised with its {means[0]} and {stds[0]}")
+    elif not normalise and (means or stds or after_layers):
+        raise UserError(
+            f"{path}: another layer stands before '{taken.prefix}' and may normalise images, but how is not clear from "
+            "the file: say it with --normalise MEAN STD (0,0,0 1,1,1 for not at all)"
+        )
+    if taken.where:
+        notes.append(f"loaded from '{taken.where}'")
+    if taken.prefix:
+        notes.append(f"prefix '{taken.prefix}' dropped")
+    others = [candidate for candidate in fitting if candidate is not taken]
+    for other in others:
+        advice = " (--weights ema takes it)" if other.is_average else ""
+        notes.append(f"'{other.name}' fits as well{advice}")
+    if company and not others:
+        notes.append(f"left out {first_three([*company])}")
+    layer = normalisation(*normalise, path) if normalise else None
+    return state_dict, layer, ", ".join(notes)
+
+
+def normalisation(mean, std, source):
+    """The layer (x - mean) / std. Raises UserError if mean and std are not those of RGB images in [0, 1]."""
+    mean, std = (torch.as_tensor(values).float().flatten() for values in (mean, std))
+    of_rgb = {len(mean), len(std)} <= {1, 3}
+    in_range = ((mean >= 0) & (mean <= 1)).all() and ((std > 0) & (std <= 1)).all()
+    if not of_rgb or not in_range:
+        shown = f"mean {mean[:3].tolist()} and std {std[:3].tolist()}"
+        raise UserError(f"the normalisation of {source} is not one of RGB images in [0, 1]: {shown}")
+    return Normalize(mean.expand(3).tolist(), std.expand(3).tolist())
 
 
 def load_weights(model, state_dict, source="checkpoint"):
@@ -194,9 +321,6 @@ def check_tensors(found, expected, source):
     for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
         if keys:
             differences.append(f"{len(keys)} {kind} ({first_three(keys)})")
-    prefixes = {str(key).split(".")[0] for key in unexpected}
-    if len(prefixes) == 1 and all(str(key).endswith("num_batches_tracked") for key in both):
-        differences.append(f"all keys begin with '{prefixes.pop()}.'")
     if differences:
         raise UserError(f"{source} is of another network: {'; '.join(differences)}")
 
@@ -215,33 +339,46 @@ def first_three(keys):
     return ", ".join(map(str, keys[:3])) + (" ..." if len(keys) > 3 else "")
 
 
-def load_trained(path, target=None, dataset=None):
-    """(a run's checkpoint, or bare weights in the same form; the file's SHA-256). Bare weights need the names of the
-    network and of the data set. Raises UserError if these do not fit the file."""
+def load_trained(path, target=None, dataset=None, weights="last", normalise=None):
+    """(a run's checkpoint, or another project's weights under `foreign`; the file's SHA-256). The latter need the names
+    of the network and of the data set; `weights` and `normalise` as in `find_weights`. Raises UserError if these do not
+    fit the file."""
     content, sha256 = load_with_sha256(path)
-    if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+    if isinstance(content, dict) and isinstance(content.get("settings"), dict) and "target" in content:
         check_run(content, path, TRAINED)
         if target not in (None, content["settings"]["target"]):
             raise UserError(f"the target of {path} is {content['settings']['target']}, not {target}")
+        if normalise:
+            raise UserError(f"{path} is of a run, which normalises no images: leave out --normalise")
+        if weights == "ema":
+            if invalid_keys(content, {"ema": dict}):
+                raise UserError(f"{path} holds no averaged weights: train with --ema")
+            content["target"] = content["ema"]
         return content, sha256
     if target is None or dataset is None:
         raise UserError(f"{path} holds bare weights: say --target NAME and --dataset NAME as well")
-    return {"target": bare_state_dict(content), "settings": {"target": target}, "classes": None}, sha256
+    foreign = {"content": content, "weights": weights, "normalise": normalise}
+    return {"foreign": foreign, "settings": {"target": target}, "classes": None}, sha256
 
 
 def load_network(content, role, path, num_classes, memory_format=torch.channels_last):
     """The `role`, target or guide, of what `load_trained` found, frozen and in eval mode. Raises UserError if it does
     not fit."""
-    if invalid_keys(content, {role: dict}) or invalid_keys(content["settings"], {role: str}):
+    holder = "foreign" if "foreign" in content else role
+    if invalid_keys(content["settings"], {role: str}) or invalid_keys(content, {holder: dict}):
         raise UserError(f"{path} holds no {role}")
     try:
         model = build_model(content["settings"][role], num_classes)
     except ValueError as error:
         raise UserError(str(error)) from None
-    state_dict, normalisation = split_normalisation(content[role])
+    state_dict, layer, notes = content[holder], None, ""
+    if holder == "foreign":
+        state_dict, layer, notes = find_weights(expected=model.state_dict(), path=path, **content["foreign"])
     load_weights(model, state_dict, f"the {role} in {path}")
-    if normalisation:
-        model = nn.Sequential(normalisation, model)
+    if notes:
+        print(f"note: {path}: {notes}", file=sys.stderr)
+    if layer:
+        model = nn.Sequential(layer, model)
     return model.to(memory_format=memory_format).eval().requires_grad_(False)
 
 

@@ -218,6 +218,11 @@ def parse_fraction(text):
     return value
 
 
+def parse_fractions(text):
+    """'0.49,0.48,0.45' as a list of floats. Raises ValueError if one is no number."""
+    return [parse_fraction(word) for word in text.split(",")]
+
+
 def in_range(convert, low, high=math.inf):
     """An argparse type: `convert`, then low <= value <= high. A whole number must also fit the machine."""
     high = min(high, sys.maxsize) if convert is int else high

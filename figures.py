@@ -47,10 +47,11 @@ from cli import (
     first_line,
     in_range,
     parse_fraction,
+    parse_fractions,
     write_text,
 )  # fmt: skip
 from data import DATASETS, to_float
-from evaluate import ALL, load_test_images, wilson
+from evaluate import ALL, NORMALISE, load_test_images, wilson
 from robustness import ATTACKS, attack_batch, find_attack, split_name
 
 # A person's matplotlibrc and MPLBACKEND are read by the import, and used nowhere: main() begins with the defaults.
@@ -612,7 +613,7 @@ def as_csv(page):
 def attacked_images(args):
     """Test images drawn at random, class-balanced; their perturbation, so that -epsilon is black, 0 grey and epsilon
     white; the attacked images. An image that is misclassified without an attack stays at its random start."""
-    content, _ = load_trained(args.checkpoint, args.target, args.dataset)
+    content, _ = load_trained(args.checkpoint, args.target, args.dataset, normalise=args.normalise)
     images, indices = load_test_images(args, content)
     model = load_network(content, args.network, args.checkpoint, len(images.classes))
     x, settings = to_float(images.x), content["settings"]
@@ -685,6 +686,7 @@ def parser():
     add("--out", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
     add("--network", choices=("target", "guide"), default="target", help="which one is attacked (default: target)")
     add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
+    add("--normalise", nargs=2, type=parse_fractions, metavar=("MEAN", "STD"), help=NORMALISE)
     add("--dataset", choices=DATASETS, help="default: the run's")
     add("--data-dir", type=Path, metavar="D", help="default: the run's, else 'data'")
     add("--images", type=in_range(int, 3, 12), default=6, metavar="N", help="default: 6")

@@ -1,13 +1,19 @@
 """Checkpoints: whole or absent, safe to open, strict to load, and those of other projects; the run directory."""
 
+import argparse
+import datetime
+import gzip
 import io
 import os
 import pickle
 import re
-from pathlib import Path
+import zipfile
+from pathlib import Path, PureWindowsPath
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from cases import TinyNet
 from hypothesis import given
@@ -15,10 +21,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import checkpoints
-from checkpoints import bare_state_dict, claim_run_dir, load_weights, split_normalisation
+from checkpoints import claim_run_dir, find_weights, load_network, load_trained, load_weights
 from cli import PARTIAL, UserError
+from models import build_model
 
 STATE = TinyNet().state_dict()
+OTHER = {key: value + 1 for key, value in STATE.items()}
 
 
 def message(function, *arguments):
@@ -55,9 +63,10 @@ class Bomb:
 def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     legacy = saved(Bomb(), _use_new_zipfile_serialization=False)
-    for content in (saved({"state_dict": Bomb()}), legacy, pickle.dumps(Bomb()), saved(nn.Linear(1, 1))):
+    hidden = saved({"state_dict": STATE, "args": argparse.Namespace(dtype=np.float64(1), path=Path("a"), bomb=Bomb())})
+    for content in (saved({"state_dict": Bomb()}), legacy, pickle.dumps(Bomb()), saved(nn.Linear(1, 1)), hidden):
         Path("a.pt").write_bytes(content)
-        assert "holds more than tensors and numbers and could run code: refused" in message(checkpoints.load, "a.pt")
+        assert "could run code: refused; if you trust it, " in message(checkpoints.load, "a.pt")
         assert os.listdir() == ["a.pt"]
 
 
@@ -68,14 +77,77 @@ def test_what_is_not_a_checkpoint_is_named_in_one_line(tmp_path):
     legacy = saved(STATE["linear.bias"], _use_new_zipfile_serialization=False)
     storage = re.search(rb"\d{9,}", legacy)[0]
     for content, says in {
-        storage[::-1].join(legacy.rsplit(storage, 1)): "is not a checkpoint, or a",
+        storage[::-1].join(legacy.rsplit(storage, 1)): "is a damaged or truncated checkpoint",
+        saved(STATE)[:-9]: "is a damaged or truncated checkpoint",
+        safetensors.torch.save(STATE)[:-9]: "is a damaged or truncated checkpoint",
         b"": "is empty",
         b"<!DOCTYPE html><html><head>": "is a web page, not a checkpoint: download the file itself",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00": "is a git-lfs pointer, not a checkpoint: fetch",
-        b"404: Not Found": "is not a checkpoint, or a",
+        b"404: Not Found": "is not a checkpoint: it begins with b'404: Not",
     }.items():
         (tmp_path / "a.pt").write_bytes(content)
         assert message(checkpoints.load, tmp_path / "a.pt").startswith(f"{tmp_path / 'a.pt'} {says}")
+
+
+def zipped(*names):
+    """The bytes of a zip archive with files of these names."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, "content")
+    return file.getvalue()
+
+
+class Settings(dict):
+    pass
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (zipped("a/data.pkl", "a/constants.pkl"), "is a TorchScript archive: torch.save(torch.jit.load(FILE).state_dict()"),
+    (zipped("a/archive_format", "a/models/model.json"), "is from torch.export: torch.save(torch.export.load(FILE)"),
+    (zipped("conv1.weight.npy"), "is an archive of NumPy arrays: load it with numpy.load and torch.save("),
+    (zipped("weights.pt"), "is a zip archive, not a checkpoint: unpack it"),
+    (gzip.compress(saved(STATE)), "is compressed: unpack it with gunzip, "),
+    (b"\x08\x08\x12\x07pytorch", "is an ONNX graph, with layers merged: save the state_dict of"),
+    (pickle.dumps({"bias": np.ones(1)}, 2), "is a pickle not by torch.save that could run code: refused; "),
+    (saved({"model": nn.Linear(1, 1)}), "holds a whole pickled module, torch.nn.modules.linear.Linear and could run"),
+    (saved({"state_dict": STATE, "cfg": Settings()}), "holds test_checkpoints.Settings and could run code: refused; "),
+    (saved(STATE, pickle_protocol=4), "holds a newer pickle protocol and could run code: refused; "),
+])  # fmt: skip
+def test_a_whole_file_of_another_kind_is_called_what_it_is(content, says, tmp_path):
+    (tmp_path / "a.pt").write_bytes(content)
+    assert message(checkpoints.load, tmp_path / "a.pt").startswith(f"{tmp_path / 'a.pt'} {says}")
+
+
+def test_safetensors_are_read_also_as_the_only_ones_of_a_folder(tmp_path):
+    for name in ("model.safetensors", "second.safetensors"):
+        safetensors.torch.save_file(STATE, tmp_path / name, metadata={"format": "pt"})
+        assert torch.equal(checkpoints.load(tmp_path / name)["conv2.weight"], STATE["conv2.weight"])
+        if name.startswith("model"):
+            assert checkpoints.load(tmp_path).keys() == STATE.keys()
+    assert "name a checkpoint in it, such as" in message(checkpoints.load, tmp_path)
+
+
+NOW = datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=1)))
+COMPANY = [np.float64(0.8), np.arange(3), np.random.get_state(), Path("a/b"), PureWindowsPath("a"), NOW, NOW.date(),
+           NOW - NOW, argparse.Namespace(lr=np.float32(0.1), out=Path("a"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("company", COMPANY, ids=repr)
+def test_harmless_objects_beside_the_weights_are_passed_over_and_never_made(company, tmp_path):
+    (tmp_path / "a.pt").write_bytes(saved({"state_dict": STATE, "company": company}))
+    content = checkpoints.load(tmp_path / "a.pt")
+    assert torch.equal(content["state_dict"]["conv2.weight"], STATE["conv2.weight"])
+    made = [type(value) for value in (content["company"] if isinstance(company, tuple) else [content["company"]])]
+    assert set(made) <= {checkpoints.Unread, str, int, float}
+
+
+def test_variables_that_force_a_way_of_loading_never_blame_a_good_file(tmp_path, monkeypatch):
+    (tmp_path / "a.pt").write_bytes(saved(STATE))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    assert checkpoints.load(tmp_path / "a.pt").keys() == STATE.keys()
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    assert "was not read: Only one of `TORCH_FORCE_WEIGHTS_ONLY" in message(checkpoints.load, tmp_path / "a.pt")
 
 
 def test_a_flipped_bit_is_noticed_where_the_file_has_checksums(tmp_path):
@@ -115,21 +187,71 @@ def test_tensors_that_are_not_plain_numbers_in_memory_and_cycles_are_refused_whe
         assert message(checkpoints.load, tmp_path / "a.pt").startswith(str(tmp_path / "a.pt"))
 
 
-def test_weights_of_other_projects_load_strictly():
-    prefixed = {f"module._orig_mod.{key}": value for key, value in STATE.items()}
-    dead = {**STATE, "module.sub_block1.layer.0.conv1.weight": torch.zeros(8, 8)}
-    uncounted = {key: value for key, value in STATE.items() if "num_batches" not in key}
-    wrapped = [{"state_dict": STATE, "epoch": 7}, {"model": prefixed, "optimizer": {}}, {"net": STATE, "acc": 80.0}]
-    for content in (STATE, prefixed, dead, uncounted, *wrapped):
-        net = TinyNet()
-        load_weights(net, bare_state_dict(content))
-        assert all(torch.equal(value, STATE[key]) for key, value in net.state_dict().items())
+def prefixed(prefix, state=STATE):
+    return {f"{prefix}{key}": value for key, value in state.items()}
 
 
-def test_content_without_a_state_dict_or_with_two_entries_of_one_name_is_refused():
+def found(content, **options):
+    """(state_dict, layer, notes) of the TinyNet in a file with this content."""
+    return find_weights(content, STATE, "a.pt", **options)
+
+
+def assert_is(state_dict, expected):
+    net = TinyNet()
+    load_weights(net, state_dict)
+    assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
+
+
+UNCOUNTED = {key: value for key, value in STATE.items() if "num_batches" not in key}
+
+
+@pytest.mark.parametrize(("content", "notes"), [
+    (STATE, ""),
+    (UNCOUNTED, ""),
+    ({**STATE, "epoch": 3}, ""),
+    ({**STATE, "sub_block1.layer.0.conv1.weight": torch.zeros(8, 8)}, ""),
+    ({"model_state_dict": STATE, "optimizer": {"state": {0: {"exp_avg": OTHER["conv1.weight"]}}}},
+     "loaded from 'model_state_dict'"),
+    ({"checkpoint": {"student": STATE}}, "loaded from 'checkpoint/student'"),
+    ({"ema": STATE}, "loaded from 'ema'"),
+    (prefixed("module._orig_mod."), "prefix 'module._orig_mod.' dropped"),
+    ({**prefixed("module."), "n_averaged": torch.tensor(3)}, "prefix 'module.' dropped"),
+    ({"state_dict": {**prefixed("net."), "criterion.weight": torch.ones(10)}},
+     "loaded from 'state_dict', prefix 'net.' dropped, left out criterion.weight"),
+    ({**prefixed("net."), **prefixed("critic.", {key: value[None] for key, value in STATE.items()})},
+     "prefix 'net.' dropped, left out critic.conv1.weight, critic.bn1.weight, critic.bn1.bias ..."),
+    ({"model": STATE, "teacher": OTHER}, "loaded from 'model', 'teacher' fits as well"),
+])  # fmt: skip
+def test_the_network_is_found_in_any_wrapper_and_what_was_done_is_said(content, notes):
+    state_dict, layer, said = found(content)
+    assert_is(state_dict, STATE)
+    assert layer is None and said == notes
+
+
+@pytest.mark.parametrize("content", [
+    {"state_dict": STATE, "state_dict_ema": OTHER},
+    {"net": STATE, "ema": {"module": OTHER}},
+    {**prefixed("model."), **prefixed("ema_model.", OTHER)},
+    {"net": STATE, "second": {**prefixed("module.", OTHER), "n_averaged": torch.tensor(3)}},
+])  # fmt: skip
+def test_an_average_is_taken_only_where_it_is_asked_for_and_the_other_is_named(content):
+    for weights, expected, words in (("last", STATE, " fits as well (--weights ema takes it)"), ("ema", OTHER, "well")):
+        state_dict, _, said = found(content, weights=weights)
+        assert_is(state_dict, expected)
+        assert said.endswith(words)
+    assert message(lambda: found({"net": STATE}, weights="ema")) == "a.pt holds no averaged weights"
+
+
+def test_content_without_tensors_or_with_two_networks_that_fit_is_refused():
     for content in ({}, [1], 3, "weights", {"state_dict": {}}, {"epoch": 3}, {1: torch.ones(1)}, torch.ones(3)):
-        assert "the file holds no state_dict" in message(bare_state_dict, content)
-    assert "holds bias twice" in message(bare_state_dict, {"module.bias": torch.ones(1), "bias": torch.ones(1)})
+        assert message(found, content).startswith("a.pt holds no state_dict of this network: no tensor in it is called")
+    for entries, content in {
+        "student and teacher": {"student": STATE, "teacher": OTHER},
+        "student. and teacher.": {**prefixed("student."), **prefixed("teacher.")},
+        "bare tensors and module.": {**STATE, **prefixed("module.")},
+        "state_dict and model": {"state_dict": STATE, "model": OTHER},
+    }.items():
+        assert f"a.pt holds 2 networks that fit, {entries}: save the one that" in message(found, content)
 
 
 def test_weights_of_another_network_are_refused_with_a_readable_list_and_nothing_is_loaded():
@@ -142,7 +264,7 @@ def test_weights_of_another_network_are_refused_with_a_readable_list_and_nothing
         other + "1 unexpected (extra)": {**good, "extra": torch.zeros(1)},
         other + "1 of another shape (linear.bias (9,) instead of (10,))": {**good, "linear.bias": torch.zeros(9)},
         other + "12 missing (conv1.weight, bn1.weight, bn1.bias ...); 14 unexpected (net.conv1.weight, net.bn1.weight, "
-        "net.bn1.bias ...); all keys begin with 'net.'": {f"net.{key}": value for key, value in good.items()},
+        "net.bn1.bias ...)": prefixed("net.", good),
     }
     damaged = "is damaged: linear.bias is not a tensor of finite numbers"
     values = [3, torch.ones(10) > 0, torch.full((10,), torch.nan), torch.full((10,), 1e300, dtype=torch.float64)]
@@ -151,23 +273,50 @@ def test_weights_of_another_network_are_refused_with_a_readable_list_and_nothing
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items()), "a partial load"
 
 
-@pytest.mark.parametrize("names", [("mu", "sigma"), ("mean", "std"), ("0.mean", "0.std")])
-def test_a_normalisation_kept_with_the_weights_goes_in_front_of_the_network(names):
+MEAN, STD = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
+
+
+@pytest.mark.parametrize(("content", "normalise"), [
+    ({**STATE, "mu": MEAN, "sigma": STD}, None),
+    ({**STATE, "mean": MEAN, "std": STD}, None),
+    ({**prefixed("1."), "0.mean": MEAN, "0.std": STD}, None),
+    ({**prefixed("model."), "normalize.mean": MEAN, "normalize.std": STD}, None),
+    ({"state_dict": prefixed("net.", {**STATE, "norm.mean": MEAN, "norm.std": STD})}, None),
+    (STATE, (MEAN.tolist(), STD.flatten().tolist())),
+    (prefixed("module.1."), (MEAN.tolist(), STD.flatten().tolist())),
+])  # fmt: skip
+def test_the_images_normalisation_in_the_file_or_said_goes_in_front_of_the_network(content, normalise):
     net, loaded, x = TinyNet().eval(), TinyNet().eval(), torch.rand(2, 3, 8, 8)
-    mean, std = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.2, 0.25, 0.3])
-    prefix = "1." if "." in names[0] else ""
-    content = {f"{prefix}{key}": value for key, value in net.state_dict().items()}
-    state, normalisation = split_normalisation(
-        bare_state_dict({**content, names[0]: mean, names[1]: std.view(3, 1, 1)})
+    net.load_state_dict(STATE)
+    state_dict, layer, _ = found(content, normalise=normalise)
+    load_weights(loaded, state_dict)
+    assert torch.allclose(loaded(layer(x)), net((x - MEAN.view(3, 1, 1)) / STD), atol=1e-6)
+
+
+@pytest.mark.parametrize(("content", "normalise", "says"), [
+    (prefixed("1."), None, "a.pt: another layer stands before '1.' and may normalise images, but how is not clear"),
+    ({**prefixed("1."), "0.scale": STD}, None, "with --normalise MEAN STD (0,0,0 1,1,1 for not at all)"),
+    ({**prefixed("net."), "norm.mean": MEAN}, None, "another layer stands before 'net.'"),
+    ({**STATE, "mean": MEAN, "std": STD}, ([0.5], [0.5]), "a.pt has its own mean and std: leave out --normalise"),
+    *[({**STATE, "mean": MEAN, "std": STD, name: torch.full((3,), value)}, None, "is not one of RGB images in [0, 1]")
+      for name, value in (("mean", 127.0), ("mean", -0.1), ("mean", torch.nan), ("std", 64.0), ("std", 0.0))],
+    (STATE, ([0.5, 0.5], [0.5]), "the normalisation of a.pt is not one of RGB images in [0, 1]: mean [0.5, 0.5] and"),
+])  # fmt: skip
+def test_a_normalisation_that_is_not_clear_or_not_of_rgb_images_is_refused(content, normalise, says):
+    assert says in message(lambda: found(content, normalise=normalise))
+
+
+def test_a_foreign_file_becomes_a_network_and_the_note_comes_only_after_it_has_loaded(tmp_path, capsys):
+    net, path = build_model("cnn", 10), tmp_path / "a.pt"
+    path.write_bytes(saved({"settings": {"lr": 1}, "weights": prefixed("net.", net.state_dict())}))
+    content, _ = load_trained(path, "cnn", "tiny", normalise=([0.5], [0.25]))
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(load_network(content, "target", path, 10)(x), net.eval()((x - 0.5) / 0.25), atol=1e-5)
+    assert capsys.readouterr().err == f"note: {path}: loaded from 'weights', prefix 'net.' dropped\n"
+    assert "2 of another shape (linear.weight (10, 64) instead of (4" in message(
+        load_network, content, "target", path, 4
     )
-    load_weights(loaded, state)
-    expected = net((x - mean.view(3, 1, 1)) / std.view(3, 1, 1))
-    assert torch.allclose(loaded(normalisation(x)), expected, atol=1e-6)
-    for name, value in (("mean", 127.0), ("mean", -0.1), ("mean", torch.nan), ("std", 64.0), ("std", 0.0)):
-        bad = {**STATE, "mean": mean, "std": std, name: torch.full((3,), value)}
-        assert "the file's normalisation is not one of RGB images in [0, 1]: mean [" in message(
-            split_normalisation, bad
-        )
+    assert capsys.readouterr().err == ""
 
 
 def claim(run_dir):

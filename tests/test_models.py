@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import GOLDEN, assert_close
 
-from checkpoints import bare_state_dict, load_weights
+from checkpoints import find_weights, load_weights
 from models import build_model
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -62,7 +62,8 @@ def filled_state(case):
 def test_logits_equal_the_releases_network(name):
     case = ARCHITECTURES[name]
     model = build_model(NAMES[name], num_classes=100 if name.endswith("c100") else 10)
-    load_weights(model.double(), bare_state_dict(filled_state(case)))
+    state_dict, _, _ = find_weights(filled_state(case), model.state_dict(), "the recipe")
+    load_weights(model.double(), state_dict)
     x = case["x"]
     assert_close(x.flatten(), uniform("input", x.numel()), 1e-12, "the recipe")
     with torch.no_grad():
