@@ -23,7 +23,6 @@ from art.estimators.classification import PyTorchClassifier
 from captum import robust
 from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
 from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
-from pyautoattack import AutoAttack
 from rai_toolbox.optim import LinfProjectedOptim
 from rai_toolbox.perturbations import AdditivePerturbation, gradient_ascent
 from rai_toolbox.perturbations.init import uniform_like_linf_n_ball_
@@ -36,7 +35,7 @@ from data import load_images, to_float
 from models import build_model
 
 EPSILON, STEP, STEPS, BATCH = 8 / 255, 2 / 255, 20, 250
-OURS = {"fgsm": "fgsm", "pgd": "pgd20", "margin": "cw", "apgd": "apgd", "aa": "aa"}  # group: attack of evaluate.py
+OURS = {"fgsm": "fgsm", "pgd": "pgd20", "margin": "cw", "apgd": "apgd"}  # group: attack of evaluate.py
 
 
 def attacks(model):
@@ -46,7 +45,6 @@ def attacks(model):
     yield "apgd", "torchattacks", torchattacks.APGD(model, eps=EPSILON, steps=100)
     yield "defaults", "torchattacks PGD", torchattacks.PGD(model)
     yield "defaults", "torchattacks APGD", torchattacks.APGD(model)
-    yield "aa", "torchattacks", torchattacks.AutoAttack(model, seed=0)
 
     network = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     run = lambda attack: lambda x, y: attack(network, x, y, epsilons=EPSILON)[1]
@@ -83,7 +81,6 @@ def attacks(model):
     yield "margin", "adv-lib", partial(advlib_pgd, steps=STEPS + 1, loss_function="dl")
     yield "apgd", "adv-lib", partial(adv_lib.attacks.apgd, model, eps=EPSILON, norm=np.inf, loss_function="ce")
     yield "defaults", "adv-lib pgd_linf", partial(adv_lib.attacks.pgd_linf, model, ε=EPSILON)
-    yield "aa", "adv-lib apgd_targeted alone", partial(adv_lib.attacks.apgd_targeted, model, eps=EPSILON, norm=np.inf)
 
     run = lambda attack: lambda x, y: attack._run(BasePyTorchClassifier(model), x, y)[0]
     yield "fgsm", "secml-torch, foolbox", run(FGSM("linf", EPSILON))
@@ -98,9 +95,6 @@ def attacks(model):
     yield "fgsm", "rai-toolbox", lambda x, y: run(clamped, one_step)(x, y).clamp(0, 1)
     yield "pgd", "rai-toolbox", lambda x, y: run(clamped, many_steps)(x, y).clamp(0, 1)
     yield "traps", "rai-toolbox PGD without a clamp", run(model, many_steps)
-
-    standard = AutoAttack(model, eps=EPSILON, seed=0, device="cpu")
-    yield "aa", "pyautoattack", lambda x, y: standard.run_standard_evaluation(x, y, batch_size=BATCH)[0]
 
 
 def main(weights, data_dir, ours, *groups):
