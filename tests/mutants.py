@@ -278,7 +278,7 @@ def test_a_property_notices(name, old, new, test, method):
 def test_an_attack_that_moves_fooled_images_or_the_wrong_way_is_noticed(request, name, old, new):
     attack, arguments = pkgutil.resolve_name(name), map(request.getfixturevalue, ("model", "images"))
     with mutant(name, old, new), pytest.raises(AssertionError):
-        test_evaluate.check_stays_fooled(attack, *arguments)
+        test_evaluate.test_a_fooled_image_stays_fooled(attack, *arguments)
 
 
 @pytest.mark.parametrize(("name", "old", "new"), [
