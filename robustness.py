@@ -33,12 +33,13 @@ class Attack(NamedTuple):
     settings: dict  # what is fixed, with `steps`, as it is reported
     # Arguments and result as of `attacks.pgd`. It draws no random numbers; no image depends on the rest of the batch.
     function: Callable | None = None
-    takes_step_size: bool = True
+    takes_step_size: bool = True  # or has one of its own
     stages: tuple = ()  # of AutoAttack
 
 
-def fgsm(model, x, y, start, *, epsilon, steps):
-    """Goodfellow et al. (2015): x + epsilon * sign(grad CE(f(x), y)), clamped to [0, 1]. `start` is not used."""
+def fgsm(model, x, y, start, *, epsilon, step_size, steps):
+    """Goodfellow et al. (2015): x + epsilon * sign(grad CE(f(x), y)), clamped to [0, 1]; it uses neither `start` nor
+    `step_size`."""
     return pgd(model, x, y, x, epsilon=epsilon, step_size=epsilon, steps=steps)
 
 
@@ -56,7 +57,7 @@ ATTACKS = {  # by name, in the order of a page; <steps> is a number from 1 to 99
                          {"restarts": 1}, partial(drop_fooled, pgd)),
     "apgd": Attack("APGD", "AutoAttack's first attack alone: Auto-PGD on CE, 100 steps, one restart",
                    {}, stages=("apgd-ce",)),
-    "cw": Attack("C&W", "20 steps as of pgd on C&W's margin, max_{c != y} z_c - z_y, kappa = 0",
+    "cw": Attack("C&W", "20 steps like those of pgd on C&W's margin, max_{c != y} z_c - z_y, kappa = 0",
                  {"steps": 20, "restarts": 1, "kappa": 0}, partial(drop_fooled, cw)),
     "aa-fast": Attack("AA-fast", "AutoAttack's first two, Auto-PGD on CE and on the targeted DLR loss",
                       {}, stages=("apgd-ce", "apgd-t")),
@@ -153,11 +154,9 @@ def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
         x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=generator.initial_seed())
     else:
         attack = find_attack(name)
-        budget = {"epsilon": epsilon, "steps": attack.settings["steps"]}
-        if attack.takes_step_size:
-            budget["step_size"] = step_size
+        steps = attack.settings["steps"]
         start = uniform_starts(x, indices, epsilon, (seed, name))
-        x_adv = attack.function(model, x, y, start, **budget)
+        x_adv = attack.function(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=steps)
     allowed = (x_adv >= x - radius) & (x_adv <= x + radius) & (x_adv >= 0) & (x_adv <= 1)
     if not allowed.all():  # false for NaN as well
         raise UserError(f"{name} left the epsilon ball or [0, 1], or met a NaN: are the weights finite?")
@@ -166,7 +165,7 @@ def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
 
 def correct_under_attack(model, images, indices, attack, *, batch_size, **budget):
     """Which of the images at `indices`, (M,) int64 on the CPU, are classified as their label in eval mode: (M,) bool on
-    the CPU. `budget` is that of `attack_batch`. Raises UserError if a logit is not finite."""
+    the CPU. `budget` is epsilon, step_size and seed of `attack_batch`. Raises UserError if a logit is not finite."""
     if len(indices) == 0:
         return torch.zeros(0, dtype=torch.bool)
     layout = memory_format(images.x.device, "fp32")

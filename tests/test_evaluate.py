@@ -117,9 +117,11 @@ def test_dropping_fooled_images_is_the_plain_attack_without_forwards_in_vain(att
     sizes = [len(call.args[0]) for call in watched.call_args_list]
     assert sizes == [40, *correct.sum(1).tolist()][:steps]
     assert steps == 1 or len(set(sizes)) > 2, "images are fooled in several steps"
+    still = attacks.drop_fooled(attack, watched, x, y, start, epsilon=8 / 255, step_size=0, steps=9)
+    assert torch.equal(still, start) and watched.call_count == steps + 1, "no step would move an image"
     x, y, start = x[~correct[0]], y[~correct[0]], start[~correct[0]]  # fooled already
     assert torch.equal(attacks.drop_fooled(attack, watched, x, y, start, **budget, steps=9), start)
-    assert watched.call_count == steps + 1
+    assert watched.call_count == steps + 2
 
 
 @pytest.mark.parametrize("name", ["clean", "fgsm", "pgd4", "cw"])
@@ -184,18 +186,16 @@ def test_auto_attack_is_its_authors_standard_version(classes, targets):
 
 # Square ends early where it fools every image, which takes a larger ball.
 @pytest.mark.parametrize(("stage", "epsilon"), [("apgd-ce", 0.1), ("apgd-t", 0.1), ("fab-t", 0.1), ("square", 0.4)])
-def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(stage, epsilon, monkeypatch):
+def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(stage, epsilon):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4)).eval().requires_grad_(False)
     x = torch.rand(8, 3, 4, 4).to(memory_format=torch.channels_last)
     y, indices = model(x).argmax(1), torch.arange(8)
     random_state, budget = torch.get_rng_state(), {"epsilon": epsilon, "step_size": 0}
     draw = lambda seed, first=0: robustness.attack_batch(model, stage, x, y, indices + first, **budget, seed=seed)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "gettrace", lambda: "a debugger's")
-        patch.setattr(sys, "settrace", mock.Mock())
+    with mock.patch.object(sys, "gettrace", return_value="a debugger's"), mock.patch.object(sys, "settrace") as settrace:
         x_adv = draw(0)
-        assert sys.settrace.call_args.args == ("a debugger's",), "the package ended its trace"
+    assert settrace.call_args.args == ("a debugger's",), "the package ended its trace"
     fooled = ~robustness.is_correct(model, x_adv, y)
     assert fooled.sum() >= 4 and torch.equal(x_adv[~fooled], x[~fooled])
     assert torch.equal(x_adv, draw(0)) and torch.equal(torch.get_rng_state(), random_state)
@@ -548,8 +548,7 @@ def test_a_kill_between_the_last_batch_and_the_end_is_resumed(suffix, interrupte
 def test_a_full_disk_and_a_reader_that_left_name_the_file(run, tmp_path, monkeypatch, capsys):
     file = tmp_path / "figures.json"
     command = [run / "last.pt", "--attacks", "clean", "--images", 20, "--json", file]
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "open", mock.Mock(side_effect=OSError(28, "No space left on device")), raising=False)
+    with mock.patch.object(evaluate, "open", side_effect=OSError(28, "No space left on device"), create=True):
         assert mistake(capsys, *command) == f"error: cannot write {file}.progress: No space left on device"
     monkeypatch.setattr(evaluate, "table", mock.Mock(side_effect=BrokenPipeError))
     assert mistake(capsys, *command).endswith(f"the figures are in {file}")
