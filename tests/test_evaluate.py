@@ -193,7 +193,8 @@ def test_each_stage_of_auto_attack_fools_a_linear_network_and_touches_nothing(st
     y, indices = model(x).argmax(1), torch.arange(8)
     random_state, budget = torch.get_rng_state(), {"epsilon": epsilon, "step_size": 0}
     draw = lambda seed, first=0: robustness.attack_batch(model, stage, x, y, indices + first, **budget, seed=seed)
-    with mock.patch.object(sys, "gettrace", return_value="a debugger's"), mock.patch.object(sys, "settrace") as settrace:
+    tracing = mock.patch.object(sys, "gettrace", return_value="a debugger's")
+    with tracing, mock.patch.object(sys, "settrace") as settrace:
         x_adv = draw(0)
     assert settrace.call_args.args == ("a debugger's",), "the package ended its trace"
     fooled = ~robustness.is_correct(model, x_adv, y)
