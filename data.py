@@ -16,7 +16,7 @@ from typing import NamedTuple
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, features
+from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
@@ -29,7 +29,6 @@ DATASETS = ("cifar10", "cifar100", "folder", "tiny")
 TINY_SIZE = {"train": 3000, "test": 1000}  # images
 # Formats that Pillow registers, but which it cannot read by itself or which are no pictures.
 NO_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
-OTHER_NAMES = {"train": ("training",), "test": ("val", "valid", "validation", "testing")}  # of folders
 
 
 class Images(NamedTuple):
@@ -175,22 +174,16 @@ def _why_no_cifar(reader, data_dir, reason):
     get_it = f"go online once, or put {archive.name} into {data_dir}"
     for file, md5 in published:
         if file.exists() and not check_integrity(file, md5):
-            size = file.stat().st_size
-            return f"{file} ({size} bytes) is incomplete or another file: delete it and {get_it} ({reason})"
+            return f"{file} is incomplete or another file: delete it and {get_it} ({reason})"
     if archive.exists():
         return f"{archive} could not be unpacked ({reason})"
     missing = [file for file, _ in published if not file.exists()]
-    if folder.exists():
-        return f"{missing[1]} is missing: {get_it} ({reason})"
-    return f"{reader.__name__.lower()} is not in '{data_dir}' and could not be downloaded ({reason}): {get_it}"
+    return f"{missing[-1]} is missing and could not be downloaded ({reason}): {get_it}"
 
 
 def folder(data_dir, split):
-    """A person's own images, all below `data_dir`/`split`/<class>/ in any format that Pillow reads, as
-    `image_files.decode` reads them; classes are sorted by name.
-
-    The decoded set is kept in `data_dir`/.decoded and read from there until something changes on which it depends.
-    Raises UserError if there are no images, or one cannot be read."""
+    """A person's own images, all below `data_dir`/`split`/<class>/, as `image_files.decode` reads them; classes are
+    sorted by name. Raises UserError if there are no images, or one cannot be read."""
     if data_dir is None:
         raise UserError("--dataset folder needs --data-dir: a folder with train/<class>/ and test/<class>/ in it")
     data_dir = Path(data_dir)
@@ -222,9 +215,6 @@ def _class_names(data_dir, split):
     problem = f"there is no folder {root}"
     if root.is_dir():
         problem = f"{root} holds {len(names)} class folders: at least two are needed"
-    for name in OTHER_NAMES[split]:
-        if (data_dir / name).is_dir():
-            raise UserError(f"{problem}, but {data_dir / name} is there: to use it, rename it to {split}")
     seen = ", ".join(entry.name for entry in (_visible(root) or _visible(data_dir))[:5])
     layout = "--data-dir must hold train/<class>/* and test/<class>/*"
     raise UserError(f"{problem}. {layout}, here is {seen or 'nothing'}: see README, Your own images")
@@ -263,15 +253,15 @@ def _files_below(folder, above=()):
 
 
 def _stamp(files, root):
-    """A checksum of all on which the decoded pixels depend: the rules, Pillow, its decoders and the files. A file's
-    content is known by its inode and its times; ctime cannot be set by hand."""
-    libraries = [features.version(name) for name in ("libjpeg_turbo", "zlib", "libtiff", "webp")]
+    """A checksum of all on which the decoded pixels depend: the rules, Pillow and the files. A file's content is
+    known by its inode and its times; ctime cannot be set by hand."""
     digest = hashlib.sha256(Path(image_files.__file__).read_bytes())
-    digest.update(repr((PIL.__version__, libraries)).encode())
+    digest.update(PIL.__version__.encode())
     for file in files:
+        name = str(file).removeprefix(str(root))
         status = file.stat()
-        known_by = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-        digest.update(repr((str(file).removeprefix(str(root)), known_by)).encode())
+        known_by = (name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        digest.update(repr(known_by).encode())
     return digest.hexdigest()
 
 
@@ -283,24 +273,21 @@ def _decode_once(files, root, cache):
         if not checkpoints.invalid_keys(content, {"stamp": str, "x": torch.Tensor}) and content["stamp"] == stamp:
             return content["x"]
     x = _decode(files, root)
-    try:
+    with contextlib.suppress(UserError, OSError):  # where it cannot be written, every start decodes
         cache.parent.mkdir(exist_ok=True)
         checkpoints.save(cache, {"stamp": stamp, "x": x})
-    except (UserError, OSError):
-        _note(f"{cache.parent} cannot be written, so the images are decoded at every start")
     return x
 
 
 def _decode(files, root):
     """The images of `files`, (N, 3, 32, 32) uint8. Says how many have transparent pixels."""
     x = torch.empty(len(files), 3, SIDE, SIDE, dtype=torch.uint8)
-    done = transparent = 0
+    transparent = 0
     try:
         with Progress(len(files), 0) as progress:
             progress.leave = False  # on a terminal the bar goes in the end
             for pixels, count in image_files.decode_all(files):
-                x[done : done + len(pixels)] = torch.from_numpy(pixels)
-                done += len(pixels)
+                x[progress.done : progress.done + len(pixels)] = torch.from_numpy(pixels)
                 transparent += count
                 progress.advance(len(pixels), f"decoding {root}")
     except ValueError as error:
