@@ -266,21 +266,13 @@ def _stamp(files, root):
 
 
 def _decode_once(files, root, cache):
-    """The images of `files`, (N, 3, 32, 32) uint8: from the file `cache` if it holds these, else decoded and kept."""
+    """The images of `files`, (N, 3, 32, 32) uint8, from the file `cache` if it holds these, else decoded and kept.
+    Says how many have transparent pixels."""
     stamp = _stamp(files, root)
     with contextlib.suppress(UserError):  # there is no such file, or it cannot be read
         content = checkpoints.load(cache)
         if not checkpoints.invalid_keys(content, {"stamp": str, "x": torch.Tensor}) and content["stamp"] == stamp:
             return content["x"]
-    x = _decode(files, root)
-    with contextlib.suppress(UserError, OSError):  # where it cannot be written, every start decodes
-        cache.parent.mkdir(exist_ok=True)
-        checkpoints.save(cache, {"stamp": stamp, "x": x})
-    return x
-
-
-def _decode(files, root):
-    """The images of `files`, (N, 3, 32, 32) uint8. Says how many have transparent pixels."""
     x = torch.empty(len(files), 3, SIDE, SIDE, dtype=torch.uint8)
     transparent = 0
     try:
@@ -294,6 +286,9 @@ def _decode(files, root):
         raise UserError(str(error)) from None
     if transparent:
         _note(f"{transparent} images below {root} have transparent pixels: transparency is ignored")
+    with contextlib.suppress(UserError, OSError):  # where it cannot be written, every start decodes
+        cache.parent.mkdir(exist_ok=True)
+        checkpoints.save(cache, {"stamp": stamp, "x": x})
     return x
 
 
