@@ -32,7 +32,7 @@ import torch
 import checkpoints
 import cli
 from cli import Parser, Progress, UserError, exit_status, in_range, numerics, parse_fraction, pick_device, provenance
-from data import DATASETS, check_classes, class_balanced_mask, load_images
+from data import DATASETS, check_classes, class_balanced_mask, load_images, print_class_order
 from robustness import ATTACKS, STAGES, attack_columns, collect_warnings, find_attack, plan_columns, read_masks
 from speed import memory_format
 
@@ -180,7 +180,10 @@ def load_test_images(args, content):
     if data_dir is None and dataset.startswith("cifar"):
         data_dir = "data"
     images = load_images(dataset, "test", data_dir)
-    check_classes(content["classes"] or images.classes, images.classes, f"{args.checkpoint} was trained on")
+    if content["classes"] is None:  # bare weights
+        print_class_order(images.classes)
+    else:
+        check_classes(content["classes"], images.classes, f"{args.checkpoint} was trained on")
     mask = class_balanced_mask(images, args.images or len(images.y), args.seed)
     return images.select(mask), mask.nonzero().squeeze(1)
 
