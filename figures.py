@@ -178,7 +178,7 @@ def read_all(read_one, paths):
 
 
 def grouped(items, belongs=None):
-    """Groups, each the copy of its first item with `members`. `belongs(item, group)` lets one join; else it is alone."""
+    """Groups, each the copy of its first item with `members`. `belongs(item, group)` lets an item join."""
     groups = []
     for item in items:
         group = next((group for group in groups if belongs and belongs(item, group)), None)
@@ -195,7 +195,7 @@ def grouped(items, belongs=None):
 
 
 def seed_alone(network, group):
-    """Whether a network differs from a group in its seed alone. A setting that one lacks, by its age, does not count."""
+    """Whether a network differs from a group in its seed alone. Settings that one lacks do not count."""
     seed, stem = network.settings.get("seed"), Path(network.source).name  # last or best
     if seed is None or seed in [member.settings.get("seed") for member in group.members]:
         return False
@@ -209,27 +209,22 @@ def printable(text):
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def names(items, labels):
-    """What to call each: `labels`, or the method, with its source and then its seed where several have the same. Raises
-    UserError unless there is a name for each and no two are the same."""
-    found = labels or [item.title for item in items]
-    if not labels:
-        for more in ([item.source for item in items], [f"seed {item.settings.get('seed', '?')}" for item in items]):
-            twice = [name for name in found if found.count(name) > 1]
-            found = [f"{n}, {word}" if n in twice else n for n, word in zip(found, more, strict=True)]
-    found = [printable(name) for name in found]
-    if not len(set(found)) == len(found) == len(items):
-        raise UserError(f"{len(items)} to name, but the names are {', '.join(found)}: give each its own with --labels")
-    return found
-
-
 def read_named(args, read_one, belongs=None):
-    """The groups of the runs or networks in `args.paths`, and what to call each."""
+    """The groups of the runs or networks in `args.paths`, and what to call each: --labels, or the method, with its
+    source and then its seed where several have the same. Raises UserError unless each has a name of its own."""
     items = read_all(read_one, args.paths)
     for item in items:
         item.settings["dataset"] = args.dataset_name or item.settings.get("dataset")
     groups = grouped(items, belongs)
-    return groups, names(groups, args.labels)
+    found = args.labels or [group.title for group in groups]
+    if not args.labels:
+        for more in ([group.source for group in groups], [f"seed {g.settings.get('seed', '?')}" for g in groups]):
+            twice = [name for name in found if found.count(name) > 1]
+            found = [f"{n}, {word}" if n in twice else n for n, word in zip(found, more, strict=True)]
+    found = [printable(name) for name in found]
+    if not len(set(found)) == len(found) == len(groups):
+        raise UserError(f"{len(groups)} to name, but the names are {', '.join(found)}: give each its own with --labels")
+    return groups, found
 
 
 def shared_settings(items, *names):
@@ -338,8 +333,7 @@ def bars(args):
 
 
 def accuracy_by_epsilon(args):
-    """Accuracy under each attack against epsilon, its 95 % interval as a band. At epsilon 0 stands the clean accuracy,
-    if it is of as many images."""
+    """A band is the 95 % interval. At epsilon 0 stands the clean accuracy, if it is of as many images."""
     groups, labels = read_named(args, read_evaluation, lambda network, group: network.key == group.key)
     curves = {}
     for group, label in zip(groups, labels, strict=True):
@@ -448,8 +442,7 @@ def paired_interval(only_a, only_b, n):
 
 
 def mcnemar(only_a, only_b):
-    """The exact two-sided p of McNemar's test, in which an image that is correct in one alone is a fair coin: twice the
-    tail of the binomial, at most 1. Whole numbers do not overflow."""
+    """The exact two-sided p of McNemar's test: twice the tail of the binomial at 1/2, at most 1, in whole numbers."""
     n, ways, tail = only_a + only_b, 1, 0
     for k in range(min(only_a, only_b) + 1):
         tail += ways  # to choose k of n
@@ -522,7 +515,7 @@ def compare(args):
             rows += [*found, mean_difference(found)] if len(found) > 1 else found
     if not rows:
         raise UserError("A and B have no attack on the same network in common")
-    names_ab = args.labels or [f"{group.title}, {group.source}" for group in (side_a[role], side_b[role])]
+    a, b = (f"{side[role].title}, {side[role].source}" for side in sides)
     foot = (
         "Accuracy in percent; B - A in points with its 95 % interval for paired proportions (Bonett and Price, 2012); "
         "images that are correct in A alone and in B alone; p of McNemar's exact test, two-sided."
@@ -530,7 +523,7 @@ def compare(args):
     if len(pairs) > 1:
         foot += " Mean of the seeds: standard deviation of the differences, Student's 95 % interval."
     columns = {name: name for name in max(rows, key=len)}
-    return f"A: {names_ab[0]}. B: {names_ab[1]}.", columns, rows, foot, rows
+    return f"A: {a}. B: {b}.", columns, rows, foot, rows
 
 
 def as_markdown(head, columns, rows, foot, aligned=False):
@@ -587,7 +580,7 @@ def attacked_images(args):
     return figure
 
 
-PICTURES = (  # name, function, help
+FIGURES = (  # name, function, help
     ("convergence", accuracies, "accuracy by epoch on training and test images (the paper's Fig. 3)"),
     ("clean", accuracies, "accuracy by epoch on clean test images (the paper's Fig. 4)"),
     ("weak-to-strong", weak_to_strong, "dynamic labels, guide and target by epoch (Sec. 3.3)"),
@@ -596,38 +589,40 @@ PICTURES = (  # name, function, help
     ("epsilon", accuracy_by_epsilon, "accuracy under each attack against epsilon"),
     ("scatter", scatter, "accuracy under an attack against clean accuracy"),
     ("table", table, "all accuracies, beside the paper's Tables 1 to 4"),
+    ("compare", compare, "two networks image by image, B - A"),
+    ("images", attacked_images, "what the attack does to test images"),
 )
 
 
 def parser():
     p = Parser(prog="figures.py", description=__doc__)
     kinds = p.add_subparsers(dest="kind", required=True, metavar="FIGURE")
-    for name, make, text in PICTURES:
+    for name, make, text in FIGURES:
         one = kinds.add_parser(name, description=make.__doc__, help=text)
-        one.set_defaults(make=make)
-        add, is_table = one.add_argument, make is table
-        what = "run directories" if make in (accuracies, weak_to_strong) else "JSON files of evaluate.py, or folders"
-        add("paths", type=Path, nargs="+", metavar="PATH", help=what)
-        add("--labels", nargs="+", metavar="NAME", help="one per network (default: method, and folder if need be)")
-        add("--dataset-name", metavar="NAME", help="how to call the data set (default: the --dataset of the runs)")
-        suffixes = ".md or .csv" if is_table else ".png, .pdf or .svg"
-        add("--out", type=Path, required=not is_table, metavar="FILE", help=suffixes)
-        if is_table:
+        add, is_page = one.add_argument, make in (table, compare)
+        suffixes = [".md", ".csv"] if is_page else [*UNDATED]
+        one.set_defaults(make=make, is_page=is_page, suffixes=suffixes)
+        add("--out", type=Path, required=not is_page, metavar="FILE", help=", ".join(suffixes))
+        if make is compare:
+            add("a", metavar="A", help="a JSON file of evaluate.py or a folder; A1,A2,A3 for three seeds")
+            add("b", metavar="B", help="as many")
+        elif make is attacked_images:
+            add_image_options(add)
+        else:
+            what = "run directories" if make in (accuracies, weak_to_strong) else "JSON files of evaluate.py, folders"
+            add("paths", type=Path, nargs="+", metavar="PATH", help=what)
+            add("--labels", nargs="+", metavar="NAME", help="one per network (default: method, and folder if need be)")
+            add("--dataset-name", metavar="NAME", help="how to call the data set (default: the --dataset of the runs)")
+        if make is table:
             add("--by-seed", action="store_true", help="a row per run, not one for runs that differ in the seed alone")
         if make is scatter:
-            add("--attack", default="pgd20", metavar="NAME", help="on the vertical axis (default: pgd20)")
-    one = kinds.add_parser("compare", description=compare.__doc__, help="two networks image by image, B - A")
-    one.set_defaults(make=compare)
-    add = one.add_argument
-    add("a", metavar="A", help="a JSON file of evaluate.py or a folder; A1,A2,A3 for three seeds")
-    add("b", metavar="B", help="as many")
-    add("--labels", nargs=2, metavar="NAME", help="how to call A and B (default: method and folder)")
-    add("--out", type=Path, metavar="FILE", help=".md or .csv")
-    one = kinds.add_parser("images", description=attacked_images.__doc__, help="what the attack does to test images")
-    one.set_defaults(make=attacked_images)
-    add = one.add_argument
+            add("--attack", default="pgd20", metavar="NAME", help="on the vertical axis")
+    return p
+
+
+def add_image_options(add):
+    """The options of `images`, where they differ from those of evaluate.py in number and in defaults."""
     add("checkpoint", type=Path, help="a run's last.pt, or a file with weights")
-    add("--out", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
     add("--network", choices=("target", "guide"), default="target", help="which one is attacked (default: target)")
     add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
     add("--normalise", nargs=2, type=parse_fractions, metavar=("MEAN", "STD"), help=NORMALISE)
@@ -638,26 +633,23 @@ def parser():
     add("--epsilon", type=in_range(parse_fraction, 1e-3, 1), default=8 / 255, metavar="E", help="default: 8/255")
     add("--step-size", type=in_range(parse_fraction, 0, 1), default=2 / 255, metavar="A", help="default: 2/255")
     add("--seed", type=in_range(int, 0), default=0, metavar="S", help="of images and start (default: 0)")
-    return p
 
 
 @exit_status
 def main(argv):
     args = parser().parse_args(argv)
-    is_page = args.kind in ("table", "compare")
-    suffixes = [".md", ".csv"] if is_page else [*UNDATED]
     suffix = args.out.suffix.lower() if args.out else None
-    if args.out and suffix not in suffixes:
-        raise UserError(f"--out {args.out}: it ends in {', '.join(suffixes)}")
+    if args.out and suffix not in args.suffixes:
+        raise UserError(f"--out {args.out}: it ends in {', '.join(args.suffixes)}")
     defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     with matplotlib.rc_context(defaults | STYLE):
         made = args.make(args)
-        if not is_page:
+        if not args.is_page:
             with atomic_write(args.out) as partial, warnings.catch_warnings(record=True) as caught:
                 made.savefig(partial, format=suffix[1:], metadata=UNDATED[suffix])
             if caught:  # a letter that the font lacks
                 print(f"note: {caught[0].message}", file=sys.stderr)
-    if is_page and args.out:
+    if args.is_page and args.out:
         *page, records = made
         with atomic_write(args.out) as partial:
             partial.write_text(as_csv(records) if suffix == ".csv" else as_markdown(*page), encoding="utf-8")
