@@ -203,7 +203,8 @@ def parser():
     p = Parser(prog="evaluate.py", description=__doc__)
     p.add_argument("checkpoint", type=Path, help="a run's last.pt, or a file with weights")
     add = p.add_argument_group("network").add_argument
-    add("--network", choices=("target", "guide", "target,guide"), default="target", help="one or both")
+    add("--network", choices=("target", "guide", "target,guide"), default="target", metavar="NAME",
+        help="target, guide or target,guide (default: target)")  # fmt: skip
     add("--weights", choices=("last", "ema"), default="last", help="ema: the target's moving average in the file")
     add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
     add("--normalise", nargs=2, type=cli.parse_fractions, metavar=("MEAN", "STD"), help=NORMALISE)

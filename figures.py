@@ -141,7 +141,7 @@ def read_run(folder, runs):
 
 def read_evaluation(path, networks):
     """Adds the networks in a JSON file of evaluate.py. `rows` are the results by attack. Several files may hold
-    different attacks on one network; the same attack once more is another item with the same `key`."""
+    different attacks on one network; with another result it is another item with the same `key`."""
     report = json.loads(read(path))
     settings, checkpoint = report["trained"]["settings"], Path(report["checkpoint"])
     source = f"{checkpoint.parent.name}/{checkpoint.stem}"
@@ -149,14 +149,19 @@ def read_evaluation(path, networks):
         role, attack = row["network"], str(row["attack"])
         marks = [word for word in (report["weights"], role) if word in ("ema", "guide")]
         title = ", ".join([method_name(settings, checkpoint.stem), *marks])
-        key = (title, source, report["sha256"])
-        fitting = [network for network in networks if network.key == key and attack not in network.rows]
+        key = (title, source, report["sha256"], settings.get("seed"))
+        row |= {"file": path, "test_images": report.get("test_images")}
+        fitting = [network for network in networks if network.key == key and fits(row, network.rows.get(attack, row))]
         if not fitting:
             about = {"key": key, "title": title, "source": source, "role": role}
             fitting = [SimpleNamespace(**about, rows={}, **report["trained"])]
             networks += fitting
-        row |= {"file": path, "test_images": report.get("test_images")}
         fitting[0].rows[attack] = {**row, "percent": measured(row["correct"] / row["n"], row["n"])}
+
+
+def fits(row, known):
+    """Whether two rows of JSON files, for example of clean images, say the same of the same images."""
+    return all(row.get(name) == known.get(name) for name in ("n", "correct", "epsilon", "test_images"))
 
 
 def read_all(read_one, paths):
@@ -515,7 +520,10 @@ def compare(args):
             rows += [*found, mean_difference(found)] if len(found) > 1 else found
     if not rows:
         raise UserError("A and B have no attack on the same network in common")
-    a, b = (f"{side[role].title}, {side[role].source}" for side in sides)
+    titles = []
+    for side in sides:
+        first = next(iter(side.values()))  # the column "network" has the role
+        titles.append(f"{first.title.removesuffix(', guide')}, {first.source}")
     foot = (
         "Accuracy in percent; B - A in points with its 95 % interval for paired proportions (Bonett and Price, 2012); "
         "images that are correct in A alone and in B alone; p of McNemar's exact test, two-sided."
@@ -523,7 +531,7 @@ def compare(args):
     if len(pairs) > 1:
         foot += " Mean of the seeds: standard deviation of the differences, Student's 95 % interval."
     columns = {name: name for name in max(rows, key=len)}
-    return f"A: {a}. B: {b}.", columns, rows, foot, rows
+    return f"A: {titles[0]}. B: {titles[1]}.", columns, rows, foot, rows
 
 
 def as_markdown(head, columns, rows, foot, aligned=False):
@@ -554,7 +562,7 @@ def attacked_images(args):
     white; the attacked images. An image that is misclassified without an attack stays at its random start."""
     if getattr(find_attack(args.attack), "function", None) is None:
         names = [name for name, attack in ATTACKS.items() if attack.function]
-        raise UserError(f"unknown attack '{args.attack}': choose from {', '.join(names)}")
+        raise UserError(f"attack '{args.attack}' cannot be drawn: choose from {', '.join(names)}")
     content, _ = load_trained(args.checkpoint, args.target, args.dataset, normalise=args.normalise)
     images, indices = load_test_images(args, content)
     model = load_network(content, args.network, args.checkpoint, len(images.classes))

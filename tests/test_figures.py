@@ -194,7 +194,7 @@ def mistake(capsys, words, says):
     ("clean cut --out a.png", "cut is damaged"),
     ("overfitting plain --out a.png", "plain has no val_pgd: train with --val-images"),
     ("bars 4.json 8.json --out a.png", "pgd10 has another epsilon"),
-    ("table 4.json 4.json", "2 to name, but the names are DYNAT, 4/last, seed ?, DYNAT, 4/last, seed ?: give"),
+    ("table 4.json other.json", "2 to name, but the names are DYNAT, 4/last, seed ?, DYNAT, 4/last, seed ?: give"),
     ("bars weights.pt --out a.png", "weights.pt is damaged, or something else: "),
     ("compare s1.json s1.json,s2.json", "A and B have not as many paths"),
     ("compare 4.json,8.json 4.json,8.json", "4.json,8.json: not a network for each"),
@@ -212,6 +212,7 @@ def test_a_mistake_or_a_damaged_file_gives_one_line_and_no_file(tmp_path, monkey
         make_json(tmp_path / f"{i}.json", epsilon=i / 255, run=str(i))
     for seed in (1, 2):
         make_json(tmp_path / f"s{seed}.json", seed=seed)
+    make_json(tmp_path / "other.json", {"clean": 1}, epsilon=4 / 255, run="4")
     make_json(tmp_path / "correct.json", {"clean": 1001})
     (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04" + bytes([255] * 9999))
     before = sorted(tmp_path.rglob("*"))
