@@ -5,11 +5,6 @@ This file needs nothing but torch.
     x_adv <- P_S( x_adv + step_size * sign( grad objective(model(x_adv)) ) )              `steps` times
 
 The attack is a pure function: the caller draws the start, chooses the objective and sets the network's mode.
-
-    start = uniform_start(x, 8 / 255, generator)
-    with eval_mode(model):
-        x_adv = linf_pgd(model, x, start, lambda logits: F.cross_entropy(logits, y, reduction="sum"),
-                         epsilon=8 / 255, step_size=2 / 255, steps=20)
 """
 
 from collections.abc import Callable, Iterator
@@ -35,18 +30,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
     """x + 0.001 * N(0, 1), not clamped: where the attacks of TRADES, LBGAT, MART, MAIL and DYNAT begin.
 
-    x           images (B, 3, H, W) in [0, 1].
-    generator   on the device of x.
+    Images x (B, 3, H, W) in [0, 1]; the generator is on their device.
     """
     return x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def uniform_start(x: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
-    """clamp( x + U(-epsilon, epsilon), 0, 1 ): where PGD begins in evaluation.
-
-    x           images (B, 3, H, W) in [0, 1], the unit of epsilon as well.
-    generator   on the device of x.
-    """
+    """clamp( x + U(-epsilon, epsilon), 0, 1 ): where PGD begins in evaluation. Arguments as of `gaussian_start`."""
     noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return (x + epsilon * (2 * noise - 1)).clamp(0, 1)
 
@@ -92,10 +82,9 @@ def linf_pgd(
         if noise is not None:
             step = step + noise(k)
         moved = torch.clamp(torch.clamp(x_adv.detach() + step, low, high), 0, 1)
-        if active is None:
-            x_adv = moved
-        else:
-            x_adv = torch.where(active(logits.detach()).view(-1, 1, 1, 1), moved, x_adv.detach())
+        if active is not None:
+            moved = torch.where(active(logits.detach()).view(-1, 1, 1, 1), moved, x_adv.detach())
+        x_adv = moved
     return x_adv
 
 
@@ -130,51 +119,38 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, label).squeeze(1) - others.amax(1)
 
 
-def pgd(
-    model: nn.Module, x: Tensor, y: Tensor, start: Tensor, *, active: Callable | None = None, **budget: float
-) -> Tensor:
+def pgd(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, **budget: float) -> Tensor:
     """PGD on CE(f(.), y) that moves only the images still classified as y, so an image once fooled stays fooled.
 
-    Images x, start (B, 3, H, W) in [0, 1], y (B,) int64; `budget` is epsilon, step_size and steps of `linf_pgd`;
-    `active` takes the place of "still classified as y". Returns x_adv (B, 3, H, W).
+    Images x, start (B, 3, H, W) in [0, 1], y (B,) int64; `budget` is epsilon, step_size and steps of `linf_pgd`.
+    Returns x_adv (B, 3, H, W).
     Source: DYNAT, auto_attack_eval1.py, attack_pgd.
     """
     still_correct = lambda logits: logits.argmax(1) == y
     objective = lambda logits: F.cross_entropy(logits, y, reduction="sum")
-    return linf_pgd(model, x, start, objective, active=active or still_correct, **budget)
+    return linf_pgd(model, x, start, objective, active=still_correct, **budget)
 
 
-def cw(
-    model: nn.Module, x: Tensor, y: Tensor, start: Tensor, *, active: Callable | None = None, **budget: float
-) -> Tensor:
-    """The same on C&W's objective, max_{c != y} z_c - z_y, with kappa = 0. Arguments and result as of `pgd`.
-
-    Source: DYNAT, auto_attack_eval1.py, cw_Linf_attack.
-    """
+def cw(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, **budget: float) -> Tensor:
+    """`pgd` on C&W's objective, max_{c != y} z_c - z_y, with kappa = 0. Source: cw_Linf_attack, in the same file."""
     still_correct = lambda logits: logits.argmax(1) == y
     objective = lambda logits: -margin(logits, y).sum()
-    return linf_pgd(model, x, start, objective, active=active or still_correct, **budget)
+    return linf_pgd(model, x, start, objective, active=still_correct, **budget)
 
 
 def drop_fooled(
     attack: Callable, model: nn.Module, x: Tensor, y: Tensor, start: Tensor, *, steps: int, **budget: float
 ) -> Tensor:
-    """What `attack`, pgd or cw, makes of a batch, but for rounding. An image that is fooled leaves the batch at once,
-    which saves its forwards. Other arguments and the result as of `pgd`."""
+    """What `attack`, pgd or cw, makes of a batch, but for rounding. An image that a step does not move is fooled, or no
+    step would move it: it leaves the batch, which saves its forwards. Other arguments and the result as of `pgd`."""
     x_adv = start.clone()
-    remaining = torch.arange(len(y), device=x.device)  # the images that are not fooled yet
-    correct = None
-
-    def still_correct(logits):
-        nonlocal correct
-        correct = logits.argmax(1) == y[remaining]
-        return correct
-
+    remaining = torch.arange(len(y), device=x.device)  # the images that the last step moved
     for _ in range(steps):
-        iterate = x_adv[remaining]
-        moved = attack(model, x[remaining], y[remaining], iterate, active=still_correct, steps=1, **budget)
-        x_adv[remaining] = moved
-        remaining = remaining[correct]  # the step's one wait for the device
+        before = x_adv[remaining]
+        after = attack(model, x[remaining], y[remaining], before, steps=1, **budget)
+        x_adv[remaining] = after
+        moved = (after != before).flatten(1).any(1)
+        remaining = remaining[moved]  # the step's one wait for the device
         if len(remaining) == 0:
             break
     return x_adv
@@ -201,13 +177,11 @@ def weight_perturbation(
     weights = [p for p in weights if p.requires_grad]
     statistics = [buffer.clone() for buffer in model.buffers()]
     try:
-        gradients = torch.autograd.grad(objective(), weights, allow_unused=True)
+        gradients = torch.autograd.grad(objective(), weights, materialize_grads=True)  # 0 where a weight has none
     finally:
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), statistics, strict=True):
                 buffer.copy_(before)
-    weights = [w for w, g in zip(weights, gradients, strict=True) if g is not None]
-    gradients = [g for g in gradients if g is not None]
     if all_reduce is not None:
         gradients = all_reduce(*gradients)
     with torch.no_grad():

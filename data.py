@@ -16,7 +16,7 @@ from typing import NamedTuple
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, features
+from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
@@ -29,19 +29,6 @@ DATASETS = ("cifar10", "cifar100", "folder", "tiny")
 TINY_SIZE = {"train": 3000, "test": 1000}  # images
 # Formats that Pillow registers, but which it cannot read by itself or which are no pictures.
 NO_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
-OTHER_SPLIT = {"train": "test", "test": "train"}
-OTHER_NAMES = {"train": ("training",), "test": ("val", "valid", "validation", "testing")}  # of folders
-# What other layouts hold, and two lines of Python, each after >>>, that make class folders in ROOT of their files.
-MAKE = "os.makedirs(f'ROOT/{y}', exist_ok=True)"
-LAYOUTS = {
-    "*.parquet": ">>> import os, pandas; t = pandas.read_parquet('FIRST') "
-    f">>> for i, (x, y) in enumerate(zip(t['image'], t['label'])): {MAKE}; "
-    "open(f'ROOT/{y}/{i}.png', 'wb').write(x['bytes'])",
-    "*.npy": ">>> import os, numpy; from PIL import Image; x, labels = numpy.load('FIRST'), numpy.load('LAST') "
-    f">>> for i, y in enumerate(labels.ravel()): {MAKE}; Image.fromarray(x[i]).save(f'ROOT/{{y}}/{{i}}.png')",
-    "*.csv": ">>> import csv, os; rows = list(csv.reader(open('FIRST')))[1:] "
-    f">>> for name, y, *_ in rows: {MAKE}; os.rename(f'ROOT/{{name}}SUFFIX', f'ROOT/{{y}}/{{name}}SUFFIX')",
-}
 
 
 class Images(NamedTuple):
@@ -85,14 +72,9 @@ def to_float(x, memory_format=torch.channels_last):
 def crop_and_flip(x, top, left, flip):
     """The releases' RandomCrop(32, padding=4) and RandomHorizontalFlip, per image: zero-pads uint8 images
     (B, 3, 32, 32) by 4, crops 32x32 at (top, left), each (B,) in 0..8, and mirrors where flip (B,)."""
-    batch, _, height, width = x.shape
-    padded = F.pad(x, (4, 4, 4, 4))
-    columns = torch.arange(width, device=x.device).expand(batch, width)
-    columns = torch.where(flip.unsqueeze(1), width - 1 - columns, columns) + left.unsqueeze(1)  # (B, W)
-    rows = torch.arange(height, device=x.device) + top.unsqueeze(1)  # (B, H)
-    image = torch.arange(batch, device=x.device).view(batch, 1, 1)
-    cropped = padded.permute(0, 2, 3, 1)[image, rows.unsqueeze(2), columns.unsqueeze(1)]  # (B, H, W, 3)
-    return cropped.permute(0, 3, 1, 2)
+    windows = F.pad(x, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # (B, 3, 9, 9, 32, 32), a view
+    cropped = windows[torch.arange(len(x), device=x.device), :, top, left]
+    return torch.where(flip.view(-1, 1, 1, 1), cropped.flip(3), cropped)
 
 
 def train_batches(images, batch_size, seed, epoch, memory_format=torch.channels_last):
@@ -156,9 +138,9 @@ def check_classes(expected, found, source):
 def print_class_order(classes):
     """Prints which label is which class: weights that come without names must have been trained in that order."""
     print("labels: " + ", ".join(f"{label} = {name}" for label, name in enumerate(classes)))
-    as_numbers = lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-    if classes != sorted(classes, key=as_numbers) and classes == sorted(classes):
-        print("note: numbers in these names are sorted as words: 10 comes before 2", file=sys.stderr)
+    in_order = sorted(classes, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
+    if classes != in_order:
+        _note("numbers in these names are sorted as words: 10 comes before 2")
 
 
 def load_images(dataset, split, data_dir=None):
@@ -185,83 +167,57 @@ def cifar(dataset, split, data_dir):
 
 
 def _why_no_cifar(reader, data_dir, reason):
-    """What is wrong with the files that are there, or how to get them if there are none."""
+    """What is wrong with the files that are there, or which is missing, and how to get it."""
     archive, folder = data_dir / reader.filename, data_dir / reader.base_folder
-    published = [(archive, reader.tgz_md5), (folder / reader.meta["filename"], reader.meta["md5"])]
-    published += [(folder / name, md5) for name, md5 in (*reader.train_list, *reader.test_list)]
-    missing = [file for file, _ in published[1:] if not file.exists()]
+    published = [(reader.meta["filename"], reader.meta["md5"]), *reader.train_list, *reader.test_list]
+    published = [(archive, reader.tgz_md5)] + [(folder / name, md5) for name, md5 in published]
     get_it = f"go online once, or put {archive.name} into {data_dir}"
     for file, md5 in published:
         if file.exists() and not check_integrity(file, md5):
-            size = file.stat().st_size
-            return f"{file} ({size} bytes) is incomplete or another file: delete it and {get_it} ({reason})"
+            return f"{file} is incomplete or another file: delete it and {get_it} ({reason})"
     if archive.exists():
         return f"{archive} could not be unpacked ({reason})"
-    if folder.exists() and missing:
-        return f"{missing[0]} is missing: {get_it} ({reason})"
-    return f"{reader.__name__.lower()} is not in '{data_dir}' and could not be downloaded ({reason}): {get_it}"
+    missing = [file for file, _ in published if not file.exists()]
+    return f"{missing[-1]} is missing and could not be downloaded ({reason}): {get_it}"
 
 
 def folder(data_dir, split):
-    """A person's own images, all below `data_dir`/`split`/<class>/ in any format that Pillow reads, as
-    `image_files.decode` reads them; classes are sorted by name.
-
-    The decoded set is kept in `data_dir`/.decoded and read from there until something changes on which it depends.
-    Raises UserError if there are no images, or one cannot be read."""
+    """A person's own images, all below `data_dir`/`split`/<class>/, as `image_files.decode` reads them; classes are
+    sorted by name. Raises UserError if there are no images, or one cannot be read."""
     if data_dir is None:
         raise UserError("--dataset folder needs --data-dir: a folder with train/<class>/ and test/<class>/ in it")
     data_dir = Path(data_dir)
     root = data_dir / split
     classes = _class_names(data_dir, split)
     files, labels = _find_images(root, classes)
-    stamp = _stamp(files, root)
-    cache = data_dir / ".decoded" / f"{split}.pt"
-    x = _read_cache(cache, stamp, len(files))
-    if x is None:
-        x = _decode_all(files, root)
-        _write_cache(cache, stamp, x)
+    x = _decode_once(files, root, data_dir / ".decoded" / f"{split}.pt")
     _note_odd_pixels(x, files, root)
     return Images(x, torch.tensor(labels), classes)
 
 
+def _note(text):
+    print(f"note: {text}", file=sys.stderr)
+
+
 def _visible(folder):
-    """What is in a folder, hidden entries left out, sorted by name."""
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    """What is in a folder, if it is one, hidden entries left out, sorted by name."""
+    entries = folder.iterdir() if folder.is_dir() else []
+    return sorted(entry for entry in entries if not entry.name.startswith("."))
 
 
 def _class_names(data_dir, split):
-    """The names of the folders in `data_dir`/`split`, one per class."""
+    """The names of the folders in `data_dir`/`split`, one per class. Raises UserError, which says what is there
+    instead, unless there are two."""
     root = data_dir / split
-    names = []
-    if root.is_dir():
-        names = [entry.name for entry in _visible(root) if entry.is_dir()]
+    names = [entry.name for entry in _visible(root) if entry.is_dir()]
     if len(names) >= 2:
         return names
     problem = f"there is no folder {root}"
     if root.is_dir():
         problem = f"{root} holds {len(names)} class folders: at least two are needed"
-    advice = _what_is_there(data_dir, split)
-    raise UserError(f"{problem}. --data-dir must hold train/<class>/* and test/<class>/*{advice}")
-
-
-def _what_is_there(data_dir, split):
-    """The end of an error: what `data_dir` holds instead of `split`/<class>/, and how to make class folders of it."""
-    if not data_dir.is_dir():
-        return ""
-    for name in OTHER_NAMES[split]:
-        if (data_dir / name).is_dir():
-            return f". {data_dir / name} is there: to use it, rename it to {split}"
-    root = data_dir / split
-    for pattern, lines in LAYOUTS.items():
-        files = sorted([*data_dir.glob(pattern), *data_dir.glob(f"*/{pattern}")])
-        files = [str(file) for file in files if OTHER_SPLIT[split] not in file.name.lower()]
-        if files:
-            suffixes = [file.suffix for file in root.glob("*.*")] or [".png"]
-            lines = lines.replace("FIRST", files[0]).replace("LAST", files[-1])
-            lines = lines.replace("ROOT", str(root)).replace("SUFFIX", suffixes[0])
-            return f". {files[0]} is there: two lines of Python make class folders of such files {lines}"
-    names = [entry.name for entry in _visible(root if root.is_dir() else data_dir)]
-    return f". It holds {', '.join(names[:5])}" if names else ""
+    seen = ", ".join(entry.name for entry in (_visible(root) or _visible(data_dir))[:5])
+    layout = "--data-dir must hold train/<class>/* and test/<class>/*"
+    raise UserError(f"{problem}. {layout}, here is {seen or 'nothing'}: see README, Your own images")
 
 
 def _find_images(root, classes):
@@ -275,15 +231,11 @@ def _find_images(root, classes):
             raise UserError(f"{root / name} holds no images")
         files += images
         labels += [label] * len(images)
-        skipped += [file.suffix for file in found if file.suffix.lower() not in suffixes]
+        skipped += [file for file in found if file.suffix.lower() not in suffixes]
     for file in files:
         check_file(file)
     if skipped:
-        kinds = sorted({suffix or "no suffix" for suffix in skipped})
-        if len(kinds) > 5:
-            kinds[5:] = ["..."]
-        note = f"note: {len(skipped)} files below {root} are not images that Pillow reads: skipped"
-        print(f"{note} ({', '.join(kinds)})", file=sys.stderr)
+        _note(f"{len(skipped)} files below {root} are not images that Pillow reads: skipped, such as {skipped[0]}")
     return files, labels
 
 
@@ -292,87 +244,62 @@ def _files_below(folder, above=()):
     real = folder.resolve()
     if real in above:  # a link to a folder that it is in
         return []
-    files, folders = [], []
-    for entry in _visible(folder):
-        (folders if entry.is_dir() else files).append(entry)
-    for inner in folders:
-        files += _files_below(inner, (*above, real))
+    entries = _visible(folder)
+    files = [entry for entry in entries if not entry.is_dir()]
+    for entry in entries:
+        if entry.is_dir():
+            files += _files_below(entry, (*above, real))
     return files
 
 
 def _stamp(files, root):
-    """A checksum of all on which the decoded pixels depend: the rules, Pillow, its decoders and the files. A file's
-    content is known by its inode and its times; ctime cannot be set by hand."""
-    libraries = [features.version(name) for name in ("libjpeg_turbo", "zlib", "libtiff", "webp")]
+    """A checksum of all on which the decoded pixels depend: the rules, Pillow and the files. A file's content is
+    known by its inode and its times; ctime cannot be set by hand."""
     digest = hashlib.sha256(Path(image_files.__file__).read_bytes())
-    digest.update(repr((PIL.__version__, libraries)).encode())
+    digest.update(PIL.__version__.encode())
     for file in files:
+        name = str(file).removeprefix(str(root))
         status = file.stat()
-        known_by = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-        digest.update(repr((str(file).removeprefix(str(root)), known_by)).encode())
+        known_by = (name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        digest.update(repr(known_by).encode())
     return digest.hexdigest()
 
 
-def _decode_all(files, root):
-    """The images of `files`, (N, 3, 32, 32) uint8. Says how many have transparent pixels."""
+def _decode_once(files, root, cache):
+    """The images of `files`, (N, 3, 32, 32) uint8, from the file `cache` if it holds these, else decoded and kept.
+    Says how many have transparent pixels."""
+    stamp = _stamp(files, root)
+    with contextlib.suppress(UserError):  # there is no such file, or it cannot be read
+        content = checkpoints.load(cache)
+        if not checkpoints.invalid_keys(content, {"stamp": str, "x": torch.Tensor}) and content["stamp"] == stamp:
+            return content["x"]
     x = torch.empty(len(files), 3, SIDE, SIDE, dtype=torch.uint8)
-    done = transparent = 0
+    transparent = 0
     try:
         with Progress(len(files), 0) as progress:
             progress.leave = False  # on a terminal the bar goes in the end
             for pixels, count in image_files.decode_all(files):
-                x[done : done + len(pixels)] = torch.from_numpy(pixels)
-                done += len(pixels)
+                x[progress.done : progress.done + len(pixels)] = torch.from_numpy(pixels)
                 transparent += count
                 progress.advance(len(pixels), f"decoding {root}")
     except ValueError as error:
         raise UserError(str(error)) from None
     if transparent:
-        print(
-            f"note: {transparent} images below {root} have transparent pixels: transparency is ignored", file=sys.stderr
-        )
+        _note(f"{transparent} images below {root} have transparent pixels: transparency is ignored")
+    with contextlib.suppress(UserError, OSError):  # where it cannot be written, every start decodes
+        cache.parent.mkdir(exist_ok=True)
+        checkpoints.save(cache, {"stamp": stamp, "x": x})
     return x
 
 
 def _note_odd_pixels(x, files, root):
     """Says which images can hardly be what was meant."""
     brightest, darkest = x.amax((2, 3)), x.amin((2, 3))  # (N, 3)
-    top = int(brightest.max())
-    if top < 128:
-        print(f"note: no pixel below {root} is above {top} of 255: is their range another one?", file=sys.stderr)
-    kinds = {
-        "almost black": brightest.amax(1) < 16,
-        "of one colour": (brightest - darkest).amax(1) < 8,
-    }
-    for kind, is_odd in kinds.items():
-        if is_odd.any():
-            example = files[int(is_odd.nonzero()[0])]
-            print(
-                f"note: {int(is_odd.sum())} images below {root} are {kind} after decoding, such as {example}",
-                file=sys.stderr,
-            )
-
-
-def _read_cache(cache, stamp, count):
-    """The decoded images that `_write_cache` kept, or None if they are not these files' or cannot be read."""
-    try:
-        content = checkpoints.load(cache)
-    except UserError:
-        return None
-    if checkpoints.invalid_keys(content, {"stamp": str, "x": torch.Tensor}):
-        return None
-    x = content["x"]
-    if content["stamp"] != stamp or x.dtype != torch.uint8 or x.shape != (count, 3, SIDE, SIDE):
-        return None
-    return x
-
-
-def _write_cache(cache, stamp, x):
-    try:
-        cache.parent.mkdir(exist_ok=True)
-        checkpoints.save(cache, {"stamp": stamp, "x": x})
-    except (UserError, OSError):
-        print(f"note: {cache.parent} cannot be written, so the images are decoded at every start", file=sys.stderr)
+    if brightest.max() < 128:
+        _note(f"no pixel below {root} is above {brightest.max()} of 255: is their range another one?")
+    flat = ((brightest - darkest).amax(1) < 16).nonzero()
+    if len(flat):
+        _note(f"{len(flat)} images below {root} are almost black or of one colour, such as {files[flat[0]]}")
 
 
 def tiny(split):

@@ -2,11 +2,10 @@
 
     python evaluate.py runs/dynat-cifar10-wrn34-10-s1/last.pt --attacks clean,pgd10,pgd20,pgd50,cw,aa
 
-This file holds what is done with the masks of `robustness.py`, whose table lists the attacks (see also --help).
-pgd<steps> and cw are those of the paper's tables (auto_attack_eval1.py in its release); the tables
-have no FGSM. AutoAttack is by Croce and Hein (2020), from the package pyautoattack; what its own checks find is printed
-as warnings. All attacks run in float32 and in eval mode. On the same device a command gives the same figures again,
-except for AutoAttack on a GPU: FAB uses `cumsum`, which is not deterministic there.
+The attacks are the table of `robustness.py` (see also --help); pgd<steps> and cw are those of the paper's tables
+(auto_attack_eval1.py in its release), which have no FGSM. AutoAttack is by Croce and Hein (2020), from the package
+pyautoattack; what its own checks find is printed as warnings. All attacks run in float32 and in eval mode. On the same
+device a command gives the same figures again, except for AutoAttack on a GPU, where FAB's `cumsum` varies.
 
 The result is one boolean matrix, images by attacks: which images are still classified as their label. An image that is
 misclassified without any attack is not attacked. After each batch its masks go to a progress file, from which --resume
@@ -33,7 +32,7 @@ import torch
 import checkpoints
 import cli
 from cli import Parser, Progress, UserError, exit_status, in_range, numerics, parse_fraction, pick_device, provenance
-from data import DATASETS, check_classes, class_balanced_mask, load_images
+from data import DATASETS, check_classes, class_balanced_mask, load_images, print_class_order
 from robustness import ATTACKS, STAGES, attack_columns, collect_warnings, find_attack, plan_columns, read_masks
 from speed import memory_format
 
@@ -42,9 +41,6 @@ ALL = ("pgd10", "pgd20", "pgd50", "cw", "aa")  # "All" of the paper's Table 1 is
 NORMALISE = "mean and std that the network expects, as 0.49,0.48,0.45 0.25,0.24,0.26 (default: the file's)"
 REPORTED = ("network", "attacks", "dataset", "weights", "normalise", "epsilon", "step_size", "batch_size", "seed")
 MAY_DIFFER = ("command", "checkpoint", "python", "commit")  # when an evaluation is continued
-
-
-# Results
 
 
 def wilson(hits, n):
@@ -61,39 +57,36 @@ def accuracy_row(mask):
     return {"n": n, "correct": hits, "accuracy": hits / n, "interval": wilson(hits, n)}
 
 
-def result_row(name, columns, masks, seconds, step_size, num_classes):
-    """What the JSON says of the attack `name` on a network. `columns` are the clean one and the attack's own, `masks`
-    and `seconds` theirs."""
-    attack, last = find_attack(name), columns[-1]
-    row = {"network": last.network, "attack": name, **accuracy_row(masks[-1][: last.n])}
-    row["seconds"] = seconds[0] if name == "clean" else sum(seconds[1:])
+def result_row(name, places, columns, masks, seconds, step_size, num_classes):
+    """What the JSON says of the attack `name`. Its columns are those at `places`, the clean one first."""
+    attack, last = find_attack(name), columns[places[-1]]
+    row = {"network": last.network, "attack": name, **accuracy_row(masks[places[-1]][: last.n])}
+    row["seconds"] = sum(seconds[place] for place in places[1:] or places)
     if name != "clean":
         row["epsilon"] = last.epsilon
     if attack.function and attack.takes_step_size:
         row["step_size"] = step_size
-    if not attack.stages:
-        return row | attack.settings
-    row["stages"] = []
-    attacked = last.n
-    for column, mask, taken in zip(columns, masks, seconds, strict=True):
-        settings = dict(STAGES.get(column.attack, {}))  # none of the clean column
-        if "targets" in settings:
-            settings["targets"] = min(settings["targets"], num_classes - 1)
-        correct = int(mask[: last.n].sum())
-        count = {"attacked": attacked, "correct": correct, "seconds": taken}
-        row["stages"].append({"attack": column.attack, **settings, **count})
-        attacked = correct
+    row |= attack.settings
+    if attack.stages:
+        row["stages"] = []
+        attacked = last.n
+        for place in places:
+            stage = {"attack": columns[place].attack, **STAGES.get(columns[place].attack, {})}
+            if "targets" in stage:
+                stage["targets"] = min(stage["targets"], num_classes - 1)
+            correct = int(masks[place][: last.n].sum())
+            row["stages"].append({**stage, "attacked": attacked, "correct": correct, "seconds": seconds[place]})
+            attacked = correct
     return row
 
 
 def worst_case(rows, masks):
-    """Accuracy over attacks of equal network, epsilon and images: an image counts if it is correct under each. A row of
-    the JSON and a mask (n,) bool per attack; returns a dict for each group of several attacks."""
+    """Accuracy over attacks of equal network, epsilon and images: an image counts if it is correct under each. Of the
+    JSON's rows and a mask (n,) bool for each; a dict per group of several attacks."""
     groups = {}
     for row, mask in zip(rows, masks, strict=True):
         if "epsilon" in row:  # a clean mistake counts as one under every attack already
-            group = groups.setdefault((row["network"], row["epsilon"], row["n"]), {})
-            group[row["attack"]] = mask
+            groups.setdefault((row["network"], row["epsilon"], row["n"]), {})[row["attack"]] = mask
     worst_cases = []
     for (role, epsilon, _), group in groups.items():
         if len(group) > 1:
@@ -112,24 +105,18 @@ def table(rows, worst_cases):
         line += f"  {row['epsilon']:8.5f}" if "epsilon" in row else " " * 10
         line += f"  {row['seconds']:8.1f}" if "seconds" in row else ""
         lines.append(line.rstrip())
-    accuracies = {}
-    for row in rows:
-        accuracies.setdefault(row["network"], {})[row["attack"]] = row["accuracy"]
-    for role, found in accuracies.items():
+    for role in dict.fromkeys(row["network"] for row in rows):
+        found = {row["attack"]: row["accuracy"] for row in rows if row["network"] == role}
         if found.keys() >= set(ALL):
             lines.append(f"{role:7}  All         {sum(found[name] for name in ALL) / len(ALL):8.2%}")
     return "\n".join(lines)
 
 
-# Files
-
-
 @contextmanager
 def open_progress(path, report, columns, batches, resume):
-    """Locks a progress file inside the `with`, which gets the finished batches, a list as of `attack_columns`, and a
-    function that writes one more. A file without a batch is removed at the end. `report` describes the evaluation,
-    `columns` is the number of its masks, `batches` has the indices of each. Raises UserError if another evaluation is
-    at work on the file, or if it is there and not of this evaluation."""
+    """Locks a progress file inside the `with`, which gets the list of finished batches and a function that writes one
+    more. A file without a batch is removed at the end. Raises UserError if another evaluation is at work on the file
+    or if it is not of this one, which has this `report`, number of `columns` and `batches` of indices."""
 
     def append(line):
         try:
@@ -140,7 +127,7 @@ def open_progress(path, report, columns, batches, resume):
 
     if path.exists():
         cli.check_file(path)
-    if resume and not path.exists():
+    elif resume:
         print(f"note: there is no {path} to continue from: starting the evaluation")
     path.touch()
     with checkpoints.lock(path, f"another evaluation is at work on {path}: wait for it, or choose another --json"):
@@ -148,13 +135,14 @@ def open_progress(path, report, columns, batches, resume):
         if content and not content.startswith(b'{"evaluation": '):
             raise UserError(f"{path} is not of an evaluation: rename it")
         content = content[: content.rfind(b"\n") + 1]  # a kill may leave half a line
-        begun = content.count(b"\n") > 1
-        if begun and not resume:
+        if content.count(b"\n") < 2:  # no batch
+            content = b""
+        if content and not resume:
             raise UserError(f"{path} is of an interrupted evaluation: continue it with --resume, or delete it")
-        records = read_records(content, path, report, columns, batches) if begun else []
+        records = read_records(content, path, report, columns, batches) if content else []
         try:
-            os.truncate(path, len(content) if begun else 0)
-            if not begun:
+            os.truncate(path, len(content))
+            if not content:
                 append({"evaluation": report})
             yield records, append
         finally:
@@ -170,29 +158,21 @@ def read_records(content, path, report, columns, batches):
             was = head["evaluation"].get(name)
             if was != value and name not in MAY_DIFFER:
                 raise UserError(f"{name.replace('_', ' ')} was {was}, is {value}: use {was}, or delete {path}")
-        begun = batches[: len(records)]
-        for record, batch in zip(records, begun, strict=True):
-            check_record(record, columns, len(batch))
+        for record, batch in zip(records, batches[: len(records)], strict=True):
+            sound = len(record["masks"]) == len(record["seconds"]) == columns
+            sound &= all(len(mask) == len(batch) and set(mask) <= {"0", "1"} for mask in record["masks"])
+            sound &= all(0 <= value < math.inf for value in record["seconds"])
+            sound &= all(isinstance(sentence, str) for sentence in record["warnings"])
+            if not sound:
+                raise ValueError
     except (ValueError, TypeError, LookupError, AttributeError):
         raise UserError(f"{path} is damaged: delete it") from None
     return records
 
 
-def check_record(record, columns, images):
-    """Raises ValueError, TypeError or LookupError unless `record` holds what `attack_columns` finds of these images."""
-    masks, seconds, warnings = record["masks"], record["seconds"], record["warnings"]
-    sound = len(masks) == len(seconds) == columns
-    sound &= all(len(mask) == images and set(mask) <= {"0", "1"} for mask in masks)
-    sound &= all(0 <= value < math.inf for value in seconds)
-    sound &= all(isinstance(sentence, str) for sentence in warnings)
-    if not sound:
-        raise ValueError
-
-
 def load_test_images(args, content):
-    """(the test images, their indices in the test set): all, or a class-balanced subset of `args.images`, drawn from
-    `args.seed`. They are those of the run, whose checkpoint is `content`, unless `args.dataset` and `args.data_dir` say
-    otherwise. Raises UserError if their classes are not those that the network was trained on."""
+    """(the test images, their indices in the test set) that the flags `args` ask for, of the data set that the network
+    in the checkpoint `content` was trained on if they name none. Raises UserError if its classes were others."""
     trained_on = content["settings"].get("dataset")
     dataset, data_dir = args.dataset or trained_on, args.data_dir
     if data_dir is None and dataset == trained_on:
@@ -200,12 +180,12 @@ def load_test_images(args, content):
     if data_dir is None and dataset.startswith("cifar"):
         data_dir = "data"
     images = load_images(dataset, "test", data_dir)
-    check_classes(content["classes"] or images.classes, images.classes, f"{args.checkpoint} was trained on")
+    if content["classes"] is None:  # bare weights
+        print_class_order(images.classes)
+    else:
+        check_classes(content["classes"], images.classes, f"{args.checkpoint} was trained on")
     mask = class_balanced_mask(images, args.images or len(images.y), args.seed)
     return images.select(mask), mask.nonzero().squeeze(1)
-
-
-# Command line
 
 
 def attack_names(text):
@@ -223,7 +203,8 @@ def parser():
     p = Parser(prog="evaluate.py", description=__doc__)
     p.add_argument("checkpoint", type=Path, help="a run's last.pt, or a file with weights")
     add = p.add_argument_group("network").add_argument
-    add("--network", choices=("target", "guide", "target,guide"), default="target", help="one or both")
+    add("--network", choices=("target", "guide", "target,guide"), default="target", metavar="NAME",
+        help="target, guide or target,guide (default: target)")  # fmt: skip
     add("--weights", choices=("last", "ema"), default="last", help="ema: the target's moving average in the file")
     add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
     add("--normalise", nargs=2, type=cli.parse_fractions, metavar=("MEAN", "STD"), help=NORMALISE)
@@ -249,21 +230,9 @@ def parser():
     return p
 
 
-def parse(argv):
-    """The flags. Raises UserError unless the file of --json can be named so."""
-    args = parser().parse_args(argv)
-    if args.attacks is None:
-        args.attacks = attack_names(DEFAULT_ATTACKS)
-        if args.protocol == "paper":
-            args.attacks.append("aa")
-    if args.json and not (args.json.suffix == ".json" and args.json.parent.is_dir()):
-        raise UserError(f"--json {args.json}: it is a name that ends in .json, in a folder that exists")
-    return args
-
-
 def protocol(args, total):
-    """What --protocol and the flags ask for: its name with the flags that differ from it, and for each attack its
-    number of images and epsilon. Raises UserError if they contradict each other."""
+    """The protocol's name, with the flags that differ from it, and {attack: (number of images, epsilon)}. Raises
+    UserError if the flags contradict each other."""
     standard = {"epsilon": 8 / 255, "step_size": 2 / 255, "images": None}
     differing = []
     for name, value in standard.items():
@@ -294,15 +263,6 @@ def check_auto_attack(attacks, num_classes):
         raise UserError("AutoAttack is not installed: pip install pyautoattack") from None
 
 
-def load_networks(args, content, num_classes, device):
-    """{target or guide: the network in eval mode}, as --network asks for."""
-    networks = {}
-    for role in args.network.split(","):
-        layout = memory_format(device, "fp32")
-        networks[role] = checkpoints.load_network(content, role, args.checkpoint, num_classes, layout).to(device)
-    return networks
-
-
 def attack_batches(networks, columns, places, images, batches, records, append, args):
     """Attacks the batches that `records` does not have yet and adds them to it, each written by `append` first."""
     done = sum(len(batch) for batch in batches[: len(records)])
@@ -326,34 +286,30 @@ def add_results(report, columns, places, records, settings, step_size, num_class
     report["warnings"] = collect_warnings(columns, places, masks, records)
     result_masks, report["results"] = {}, []
     for (role, name), behind in places.items():
-        found = [[values[place] for place in behind] for values in (columns, masks, seconds)]
-        row = result_row(name, *found, step_size, num_classes)
+        row = result_row(name, behind, columns, masks, seconds, step_size, num_classes)
         report["results"].append({"name": settings[role], **row})
         result_masks[f"{role} {name}"] = masks[behind[-1]][: row["n"]]
     report["worst_case"] = worst_case(report["results"], result_masks.values())
     return result_masks
 
 
-def what_is_kept(args, progress_file, done, total):
-    """What an interrupted evaluation says at its end."""
-    if not progress_file.exists():
-        return f"the figures are in {args.json}"
-    if not done:
-        return "nothing was saved yet"
-    return f"{done} of {total} images are done; to go on, add --resume"
-
-
 @exit_status
 @numerics(deterministic=False)
 def main(argv):
-    args = parse(argv)
+    args = parser().parse_args(argv)
+    if args.attacks is None:
+        args.attacks = attack_names(DEFAULT_ATTACKS if args.protocol == "standard" else f"{DEFAULT_ATTACKS},aa")
+    if args.json and not (args.json.suffix == ".json" and args.json.parent.is_dir()):
+        raise UserError(f"--json {args.json}: it is a name that ends in .json, in a folder that exists")
     device = pick_device(args.device)
     content, sha256 = checkpoints.load_trained(args.checkpoint, args.target, args.dataset, args.weights, args.normalise)
     settings = content["settings"]
     args.dataset = args.dataset or settings["dataset"]
     images, indices = load_test_images(args, content)
     images, total, num_classes = images.to(device), len(images.y), len(images.classes)
-    networks = load_networks(args, content, num_classes, device)
+    networks, layout = {}, memory_format(device, "fp32")
+    for role in args.network.split(","):
+        networks[role] = checkpoints.load_network(content, role, args.checkpoint, num_classes, layout).to(device)
     protocol_name, planned = protocol(args, total)
     report = {
         "command": shlex.join(["python", "evaluate.py", *argv]),
@@ -370,8 +326,7 @@ def main(argv):
 
     columns, places = plan_columns(networks, planned, total)
     batches = torch.arange(total).split(args.batch_size)
-    progress_base = args.json or args.checkpoint
-    progress_file = progress_base.with_name(progress_base.name + ".progress")
+    progress_file = Path(f"{args.json or args.checkpoint}.progress")
     outputs = [args.json, args.json.with_suffix(".npz")] if args.json else []
     with open_progress(progress_file, report, len(columns), batches, args.resume) as (records, append):
         for path in outputs:
@@ -391,7 +346,13 @@ def main(argv):
             progress_file.unlink(missing_ok=True)
         except (KeyboardInterrupt, BrokenPipeError) as stop:
             done = sum(len(batch) for batch in batches[: len(records)])
-            raise type(stop)(what_is_kept(args, progress_file, done, total)) from None
+            if not progress_file.exists():
+                kept = f"the figures are in {args.json}"
+            elif done:
+                kept = f"{done} of {total} images are done; to go on, add --resume"
+            else:
+                kept = "nothing was saved yet"
+            raise type(stop)(kept) from None
 
 
 if __name__ == "__main__":

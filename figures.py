@@ -1,17 +1,10 @@
 """Pictures and tables of what was measured, from run directories and from the JSON files of evaluate.py.
 
-    python figures.py convergence runs/dynat-... runs/lbgat-... --out convergence.png       the paper's Fig. 3
-    python figures.py clean runs/dynat-... runs/trades-... --out clean.pdf                  its Fig. 4
-    python figures.py bars dynat.json trades.json --out bars.svg                            its Fig. 5
-    python figures.py weak-to-strong runs/dynat-... --out labels.png                        its Sec. 3.3
-    python figures.py overfitting runs/dynat-... runs/pgd-at-... --out overfitting.png      runs with --val-images
-    python figures.py images runs/dynat-.../last.pt --out images.png                        what the attack does
-    python figures.py epsilon eps-4.json eps-8.json --out epsilon.svg                       one network, several epsilon
-    python figures.py scatter results/jpeg/labels --out scatter.svg                         clean against robust
-    python figures.py table dynat.json trades.json                                          beside its Tables 1 to 4
-    python figures.py table results/tiny --out results/tiny.md                              all evaluations in a folder
-    python figures.py compare a.json b.json                                                 image by image
-    python figures.py compare a1.json,a2.json b1.json,b2.json --out compare.csv             a pair for each seed
+    python figures.py clean runs/dynat-... runs/trades-... --out clean.pdf      accuracy by epoch
+    python figures.py bars dynat.json trades.json --out bars.svg                accuracy by attack
+    python figures.py images runs/dynat-.../last.pt --out images.png            what the attack does
+    python figures.py table results/tiny --out results/tiny.md                  all evaluations in a folder
+    python figures.py compare a1.json,a2.json b1.json,b2.json --out ab.csv      image by image, a pair for each seed
 
 Every accuracy has its number of images and its 95 % interval (Wilson). Nothing is smoothed. Bars begin at zero.
 """
@@ -38,18 +31,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from checkpoints import load_network, load_trained
-from cli import (
-    Parser,
-    UserError,
-    atomic_write,
-    check_file,
-    exit_status,
-    first_line,
-    in_range,
-    parse_fraction,
-    parse_fractions,
-    write_text,
-)  # fmt: skip
+from cli import Parser, UserError, atomic_write, check_file, exit_status, in_range, parse_fraction, parse_fractions
 from data import DATASETS, to_float
 from evaluate import ALL, NORMALISE, load_test_images, wilson
 from robustness import ATTACKS, attack_batch, find_attack, split_name
@@ -70,6 +52,7 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v")
 HATCHES = ("", "///", "...", "\\\\\\", "xx")
 WIDTH = 7.0  # inches: a text column, so that text keeps its size in print
+INTERVAL = "{:.1f} [{:.1f}, {:.1f}] %"  # of what `measured` says
 LETTERS = 78  # that fit on a line of this width
 STYLE = {  # on top of matplotlib's own defaults, never of a person's matplotlibrc
     "axes.spines.top": False,
@@ -79,7 +62,6 @@ STYLE = {  # on top of matplotlib's own defaults, never of a person's matplotlib
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
     "axes.titlesize": 10,
     "figure.titlesize": 11,
-    "font.size": 10,
     "grid.color": "#DDDDDD",
     "legend.frameon": False,
     "legend.handlelength": 3.0,
@@ -95,6 +77,11 @@ UNDATED = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FORMATS = {"A": ".2f", "B": ".2f", "B - A": "+.2f", "low": "+.2f", "high": "+.2f", "p": ".2g", "sd": ".2f", "n": ","}
 IDLE = {"seed", "data_dir", "eval_every", "keep_from", "deterministic"}  # settings that two seeds may differ in
+CURVES = {  # by picture: {accuracy in the log: (words for the legend, line style)}, and what the images are
+    "convergence": ({"train_acc": (", training images", "-"), "test_acc": (", test images", "--")}, "clean images"),
+    "clean": ({"test_acc": ("", None)}, "clean test images"),
+    "overfitting": ({"val_pgd": ("", None)}, "held-out training images under PGD-10"),
+}
 thousands = lambda numbers: " / ".join(f"{n:,}" for n in sorted(set(numbers)))
 
 
@@ -104,24 +91,11 @@ def attack_title(name):
     return attack.title if attack else name.capitalize()
 
 
-def in_order(names):
-    """Attacks in the order of the evaluation's table, PGD by its steps, then "all" and what the table does not have."""
-
-    def position(name):
-        key, steps = split_name(name)
-        known = [*ATTACKS, "all"]
-        return known.index(key) if key in known else len(known), steps, name
-
-    return sorted(names, key=position)
-
-
-def pictured_attack(name):
-    """An argparse type: an attack of one function."""
-    attack = find_attack(name)
-    if attack is None or attack.function is None:
-        names = [name for name, attack in ATTACKS.items() if attack.function]
-        raise UserError(f"unknown attack '{name}': choose from {', '.join(names)}")
-    return name
+def position(name):
+    """To sort attacks as the evaluation's table does, PGD by its steps, then "all" and what the table does not have."""
+    key, steps = split_name(name)
+    known = [*ATTACKS, "all"]
+    return known.index(key) if key in known else len(known), steps, name
 
 
 def measured(accuracy, n):
@@ -151,79 +125,82 @@ def read_run(folder, runs):
     behind it, `curves` has its points (epoch, accuracy, low, high)."""
     config = json.loads(read(folder / "config.json"))
     log = [json.loads(line) for line in read(folder / "log.jsonl").splitlines()]
-    train, test, val = (config["images"].get(split) for split in ("train", "test", "val"))
-    sizes = {"train_acc": min(train, test), "test_acc": test, "guide_test_acc": test}
-    sizes |= {"label_acc": train, "val_pgd": val}
-    curves = {
-        name: [(epoch, *measured(row[name], n)) for epoch, row in enumerate(log, start=1) if name in row]
-        for name, n in sizes.items()
+    settings, images = config["settings"], config["images"]
+    run = SimpleNamespace(settings=settings, title=method_name(settings, folder.name), source=folder.name, curves={})
+    run.sizes = {
+        "train_acc": min(images["train"], images["test"]),
+        "test_acc": images["test"],
+        "guide_test_acc": images["test"],
+        "label_acc": images["train"],
+        "val_pgd": images.get("val"),
     }
-    about = {"title": method_name(config["settings"], folder.name), "source": folder.name}
-    runs.append(SimpleNamespace(settings=config["settings"], sizes=sizes, curves=curves, **about))
+    for name, n in run.sizes.items():
+        run.curves[name] = [(epoch, *measured(row[name], n)) for epoch, row in enumerate(log, start=1) if name in row]
+    runs.append(run)
 
 
 def read_evaluation(path, networks):
     """Adds the networks in a JSON file of evaluate.py. `rows` are the results by attack. Several files may hold
-    different attacks on one network; the same attack once more is another item with the same `key`."""
+    different attacks on one network; with another result it is another item with the same `key`."""
     report = json.loads(read(path))
     settings, checkpoint = report["trained"]["settings"], Path(report["checkpoint"])
     source = f"{checkpoint.parent.name}/{checkpoint.stem}"
     for row in report["results"]:
         role, attack = row["network"], str(row["attack"])
-        title = method_name(settings, checkpoint.stem)
-        for word in (report["weights"], role):
-            if word in ("ema", "guide"):
-                title += f", {word}"
-        key = (title, source, report["sha256"])
-        for network in networks:
-            if network.key == key and attack not in network.rows:
-                break
-        else:
-            network = SimpleNamespace(key=key, title=title, source=source, role=role, rows={}, **report["trained"])
-            networks.append(network)
-        about = {"file": path, "test_images": report.get("test_images")}
-        network.rows[attack] = {**row, **about, "percent": measured(row["correct"] / row["n"], row["n"])}
+        marks = [word for word in (report["weights"], role) if word in ("ema", "guide")]
+        title = ", ".join([method_name(settings, checkpoint.stem), *marks])
+        key = (title, source, report["sha256"], settings.get("seed"))
+        row |= {"file": path, "test_images": report.get("test_images")}
+        fitting = [network for network in networks if network.key == key and fits(row, network.rows.get(attack, row))]
+        if not fitting:
+            about = {"key": key, "title": title, "source": source, "role": role}
+            fitting = [SimpleNamespace(**about, rows={}, **report["trained"])]
+            networks += fitting
+        fitting[0].rows[attack] = {**row, "percent": measured(row["correct"] / row["n"], row["n"])}
+
+
+def fits(row, known):
+    """Whether two rows of JSON files, for example of clean images, say the same of the same images."""
+    return all(row.get(name) == known.get(name) for name in ("n", "correct", "epsilon", "test_images"))
 
 
 def read_all(read_one, paths):
-    """The runs or networks that `read_one` finds in these paths. Raises UserError if a file is damaged."""
+    """The runs or networks that `read_one` finds in these paths. UserError if there is none or one is damaged."""
+    files = paths
     if read_one is read_evaluation:  # a folder is all evaluations in it
         nested = [sorted(path.rglob("*.json")) if path.is_dir() else [path] for path in paths]
-        paths = [file for files in nested for file in files if file.name != "config.json"]
+        files = [file for files in nested for file in files if file.name != "config.json"]
     found = []
-    for path in paths:
+    for path in files:
         try:
             read_one(path, found)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}, {first_line(error)}"
+            reason = " ".join(f"{type(error).__name__}, {error}".split())
             raise UserError(f"{path} is damaged, or something else: {reason[:100]}") from None
+    if not found:
+        raise UserError(f"there are no results in {paths[0]}: evaluate.py --json writes them")
     return found
 
 
-def grouped(networks, belongs):
-    """The networks in groups, each the copy of its first with `members`. `belongs(network, group)` says whether one
-    joins a group."""
+def grouped(items, belongs=None):
+    """Groups, each the copy of its first item with `members`. `belongs(item, group)` lets an item join."""
     groups = []
-    for network in networks:
-        for group in groups:
-            if belongs(network, group):
-                group.members.append(network)
-                break
-        else:
-            group = SimpleNamespace(**vars(network), members=[network])
-            group.settings = dict(network.settings)
+    for item in items:
+        group = next((group for group in groups if belongs and belongs(item, group)), None)
+        if group is None:
+            group = SimpleNamespace(**vars(item), members=[])
             groups.append(group)
+        group.members.append(item)
     for group in groups:
-        seeds = dict.fromkeys(str(network.settings.get("seed")) for network in group.members)
+        seeds = dict.fromkeys(str(item.settings.get("seed")) for item in group.members)
         if len(seeds) > 1:
-            group.settings["seed"] = ", ".join(seeds)
+            group.settings = {**group.settings, "seed": ", ".join(seeds)}
             group.source = re.sub(r"-s(eed-)?\d+(?=[-/])", "", group.source)
     return groups
 
 
 def seed_alone(network, group):
-    """Whether a network differs from those of a group in the seed of its training alone. A setting that one of them
-    lacks, as the run of another version may, does not count."""
+    """Whether a network differs from a group in its seed alone. Settings that one lacks do not count."""
     seed, stem = network.settings.get("seed"), Path(network.source).name  # last or best
     if seed is None or seed in [member.settings.get("seed") for member in group.members]:
         return False
@@ -232,28 +209,27 @@ def seed_alone(network, group):
     return same and (network.title, stem) == (group.title, Path(group.source).name)
 
 
-def same_weights(network, group):
-    """Whether a network is that of a group, evaluated once more."""
-    return network.key == group.key
-
-
 def printable(text):
     """The text, with what is no character, as in a file's name that is not UTF-8, in escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def names(items, labels):
-    """What to call each: `labels`, or the method, with its source and then its seed where several have the same. Raises
-    UserError unless there is a name for each and no two are the same."""
-    found = labels or [item.title for item in items]
-    if not labels:
-        for more in ([item.source for item in items], [f"seed {item.settings.get('seed', '?')}" for item in items]):
+def read_named(args, read_one, belongs=None):
+    """The groups of the runs or networks in `args.paths`, and what to call each: --labels, or the method, with its
+    source and then its seed where several have the same. Raises UserError unless each has a name of its own."""
+    items = read_all(read_one, args.paths)
+    for item in items:
+        item.settings["dataset"] = args.dataset_name or item.settings.get("dataset")
+    groups = grouped(items, belongs)
+    found = args.labels or [group.title for group in groups]
+    if not args.labels:
+        for more in ([group.source for group in groups], [f"seed {g.settings.get('seed', '?')}" for g in groups]):
             twice = [name for name in found if found.count(name) > 1]
             found = [f"{n}, {word}" if n in twice else n for n, word in zip(found, more, strict=True)]
     found = [printable(name) for name in found]
-    if not len(set(found)) == len(found) == len(items):
-        raise UserError(f"{len(items)} to name, but the names are {', '.join(found)}: give each its own with --labels")
-    return found
+    if not len(set(found)) == len(found) == len(groups):
+        raise UserError(f"{len(groups)} to name, but the names are {', '.join(found)}: give each its own with --labels")
+    return groups, found
 
 
 def shared_settings(items, *names):
@@ -261,11 +237,6 @@ def shared_settings(items, *names):
     first, *others = (item.settings for item in items)
     shared = [name for name in names if first.get(name) and all(first[name] == other.get(name) for other in others)]
     return printable(", ".join(f"{name.replace('_', ' ')} {first[name]}" for name in shared))
-
-
-def with_interval(percent, digits=1):
-    """What `measured` says: '83.2 [80.8, 85.4]'."""
-    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*percent, d=digits)
 
 
 def draw_curve(ax, points, i, style=None, band=True):
@@ -280,8 +251,7 @@ def draw_curve(ax, points, i, style=None, band=True):
 
 
 def plot(ax, run, name, i, style=None):
-    """Draws one accuracy of a run's log over its epochs as the i-th curve of `ax`. Returns the line. Raises UserError
-    if the log does not have it."""
+    """Draws one accuracy of a run's log over its epochs. Raises UserError if the log does not have it."""
     if not run.curves[name]:
         advice = ": train with --val-images" if name == "val_pgd" else ""
         raise UserError(f"the log of {run.source} has no {name}{advice}")
@@ -305,41 +275,27 @@ def finish(figure, ax, items, text="", sizes=(), columns=1):
     return figure
 
 
-def accuracies(runs, labels, kinds, text):
-    """A panel with some accuracies of each run: `kinds` is {name in the log: (words for the legend, line style)}."""
+def accuracies(args):
+    """A panel with some accuracies of each run, and a star at the best one under attack."""
+    runs, labels = read_named(args, read_run)
+    kinds, text = CURVES[args.kind]
     figure = Figure(figsize=(WIDTH, 3.6 + 0.2 * len(runs) * len(kinds)), layout="constrained")
     ax = figure.subplots()
     for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
         for name, (words, style) in kinds.items():
             line = plot(ax, run, name, i, style)
-            ends = f"last {with_interval(run.curves[name][-1][1:])} %"
+            ends = f"last {INTERVAL.format(*run.curves[name][-1][1:])}"
             if name == "val_pgd":
                 epoch, *best = max(run.curves[name], key=lambda point: point[1])
-                ends = f"best {with_interval(best)} % in epoch {epoch}, {ends}"
+                ends = f"best {INTERVAL.format(*best)} in epoch {epoch}, {ends}"
                 ax.plot(epoch, best[0], "*", color=f"C{i}", markersize=15, zorder=3)
             line.set_label(f"{label}{words}: {ends}")
     return finish(figure, ax, runs, text, [run.sizes[name] for run in runs for name in kinds])
 
 
-def convergence(runs, labels):
-    """Fig. 3: the target's accuracy per epoch on clean training images (solid) and clean test images (dashed)."""
-    kinds = {"train_acc": (", training images", "-"), "test_acc": (", test images", "--")}
-    return accuracies(runs, labels, kinds, "clean images")
-
-
-def clean(runs, labels):
-    """Fig. 4: the target's accuracy per epoch on clean test images."""
-    return accuracies(runs, labels, {"test_acc": ("", None)}, "clean test images")
-
-
-def overfitting(runs, labels):
-    """Robust overfitting (Rice et al., 2020): accuracy under PGD-10 on held-out training images, from its best epoch, a
-    star, to the last. The best of many noisy values is itself a little high."""
-    return accuracies(runs, labels, {"val_pgd": ("", None)}, "held-out training images under PGD-10")
-
-
-def weak_to_strong(runs, labels):
-    """Sec. 3.3: the dynamic labels grow from weak to strong, guide and target with them. A panel per run."""
+def weak_to_strong(args):
+    """A panel per run: the dynamic labels, the guide and the target."""
+    runs, labels = read_named(args, read_run)
     figure = Figure(figsize=(WIDTH, 1.4 + 2.4 * len(runs)), layout="constrained")
     axes = figure.subplots(len(runs), sharex=True, sharey=True, squeeze=False).flat
     for ax, run, label in zip(axes, runs, labels, strict=True):
@@ -350,16 +306,11 @@ def weak_to_strong(runs, labels):
     return finish(figure, axes[0], runs, "from weak to strong", [run.sizes["test_acc"] for run in runs])
 
 
-def check_same_attack(attack, rows):
-    """Raises UserError unless these results are of an attack of one epsilon and step size."""
-    if len({(pixel_units(row.get("epsilon", 0)), row.get("step_size")) for row in rows}) > 1:
-        raise UserError(f"{attack} has another epsilon or step size in some of the files: they do not compare")
-
-
 def caption(attack, networks, separator):
     """An attack's name, epsilon and n. Raises UserError unless the attack was the same on all networks."""
     rows = [network.rows[attack] for network in networks if attack in network.rows]
-    check_same_attack(attack, rows)
+    if len({(pixel_units(row.get("epsilon", 0)), row.get("step_size")) for row in rows}) > 1:
+        raise UserError(f"{attack} has another epsilon or step size in some of the files: they do not compare")
     words = [attack_title(attack)]
     if rows and "epsilon" in rows[0]:
         words.append(f"ε = {pixel_units(rows[0]['epsilon'])}")
@@ -368,9 +319,10 @@ def caption(attack, networks, separator):
     return separator.join(words)
 
 
-def bars(evaluations, labels):
-    """Fig. 5: accuracy per attack, one bar per network, with 95 % intervals. Epsilon and n stand under each attack."""
-    attacks = in_order({attack for evaluation in evaluations for attack in evaluation.rows})
+def bars(args):
+    """A bar per attack and network, with 95 % intervals. Epsilon and n stand under each attack."""
+    evaluations, labels = read_named(args, read_evaluation)
+    attacks = sorted({attack for evaluation in evaluations for attack in evaluation.rows}, key=position)
     figure = Figure(figsize=(WIDTH, 3.6 + 0.1 * len(evaluations)), layout="constrained")
     ax = figure.subplots()
     width = 0.84 / len(evaluations)
@@ -385,31 +337,31 @@ def bars(evaluations, labels):
     return finish(figure, ax, evaluations, columns=2)
 
 
-def accuracy_by_epsilon(groups, labels):
-    """Accuracy under each attack against epsilon, its 95 % interval as a band. At epsilon 0 stands the clean accuracy,
-    if it is of as many images."""
-    curves = []
+def accuracy_by_epsilon(args):
+    """A band is the 95 % interval. At epsilon 0 stands the clean accuracy, if it is of as many images."""
+    groups, labels = read_named(args, read_evaluation, lambda network, group: network.key == group.key)
+    curves = {}
     for group, label in zip(groups, labels, strict=True):
-        rows_of = lambda attack, group=group: [net.rows[attack] for net in group.members if attack in net.rows]
-        attacks = {attack for network in group.members for attack in network.rows}
-        for attack in in_order(attacks - {"clean"}):
-            sizes = {row["n"] for row in rows_of(attack)}
-            rows = rows_of(attack) + [row for row in rows_of("clean") if row["n"] in sizes]
-            points = {(255 * row.get("epsilon", 0), *row["percent"]) for row in rows}
+        rows = [(attack, row) for network in group.members for attack, row in network.rows.items()]
+        for attack in sorted({attack for attack, _ in rows} - {"clean"}, key=position):
+            sizes = {row["n"] for name, row in rows if name == attack}
+            shown = [row for name, row in rows if name in (attack, "clean") and row["n"] in sizes]
+            points = {(255 * row.get("epsilon", 0), *row["percent"]) for row in shown}
             if len({x for x, *_ in points}) < len(points):
                 raise UserError(f"{attack} on {label} has several accuracies at one epsilon")
-            curves.append((f"{label}: {caption(attack, [], '')}, n = {thousands(sizes)}", sorted(points)))
+            curves[f"{label}: {attack_title(attack)}, n = {thousands(sizes)}"] = sorted(points)
     figure = Figure(figsize=(WIDTH, 3.6 + 0.2 * len(curves)), layout="constrained")
     ax = figure.subplots()
-    for i, (label, points) in enumerate(curves):
+    for i, (label, points) in enumerate(curves.items()):
         draw_curve(ax, points, i).set_label(label)
     ax.set(xlabel="ε (in 1/255)", ylim=(0, None))
     return finish(figure, ax, groups, "95 % intervals")
 
 
-def scatter(groups, labels, attack):
-    """Accuracy under an attack against clean accuracy, a point per run with both 95 % intervals. A line joins runs that
-    differ in the seed alone."""
+def scatter(args):
+    """A point per run with both 95 % intervals. A line joins runs that differ in the seed alone."""
+    groups, labels = read_named(args, read_evaluation, seed_alone)
+    attack = args.attack
     networks = [network for group in groups for network in group.members]
     for network in networks:
         if not network.rows.keys() >= {"clean", attack}:
@@ -433,7 +385,7 @@ def paper_rows(settings):
     return [] if settings.get("static_labels") else same
 
 
-def over_seeds(percents):
+def summary(percents):
     """The accuracy of one run with its interval, or the mean and standard deviation of several, in percent."""
     if len(percents) == 1:
         return {"seeds": 1, **dict(zip(("accuracy", "low", "high"), percents[0], strict=False))}
@@ -441,21 +393,22 @@ def over_seeds(percents):
     return {"seeds": len(percents), "accuracy": statistics.mean(accuracies), "sd": statistics.stdev(accuracies)}
 
 
-def cell(summary, seeds):
-    """What `over_seeds` says: '47.84 [46.86, 48.82]', '47.70 ± 0.17'; and of how many of the `seeds`, if not of all."""
-    text = f"{summary['accuracy']:.2f}"
-    if "low" in summary:
-        text += f" [{summary['low']:.2f}, {summary['high']:.2f}]"
-    if "sd" in summary:
-        text += f" ± {summary['sd']:.2f}"
-    return text if summary["seeds"] == seeds else f"{text} ({summary['seeds']} of {seeds} seeds)"
+def cell(record, seeds):
+    """A record as '47.84 [46.86, 48.82]' or '47.70 ± 0.17', and of how many of the `seeds` it is, if not of all."""
+    text = f"{record['accuracy']:.2f}"
+    if "low" in record:
+        text += f" [{record['low']:.2f}, {record['high']:.2f}]"
+    if "sd" in record:
+        text += f" ± {record['sd']:.2f}"
+    return text if record["seeds"] == seeds else f"{text} ({record['seeds']} of {seeds} seeds)"
 
 
-def table(groups, labels):
-    """All accuracies in percent, a row per network or per networks that differ in the seed alone, and the paper's below
-    it. "All" is the mean over the attacks of Table 1, if all were measured."""
+def table(args):
+    """A row per network or per networks that differ in the seed alone, and the paper's below it. "All" is the mean over
+    the attacks of Table 1, if all were measured. Returns a page: head, {column: heading}, rows, foot, records."""
+    groups, labels = read_named(args, read_evaluation, None if args.by_seed else seed_alone)
     networks = [network for group in groups for network in group.members]
-    lines = []  # (name, epoch, seeds, {attack: summary})
+    lines = []  # (name, epoch, seeds, {attack: accuracies with their intervals})
     for group, label in zip(groups, labels, strict=True):
         percents, seeds = {}, len(group.members)
         for network in group.members:
@@ -465,24 +418,23 @@ def table(groups, labels):
                 mean = statistics.mean(network.rows[attack]["percent"][0] for attack in ALL)
                 percents.setdefault("all", []).append([mean])
         epochs = thousands(network.epoch for network in group.members if network.epoch)
-        summaries = {attack: over_seeds(percents[attack]) for attack in in_order(percents)}
-        lines.append((f"{label}, {seeds} seeds" if seeds > 1 else label, epochs, seeds, summaries))
+        lines.append((f"{label}, {seeds} seeds" if seeds > 1 else label, epochs, seeds, percents))
         for row in paper_rows(group.settings) if group.role == "target" else ():
-            measured_there = [name for name in row if row[name] and (name == "all" or find_attack(name))]
-            printed = {name: {"seeds": 1, "accuracy": float(row[name])} for name in measured_there}
-            lines.append((f"paper, Table {row['table']}", "", 1, printed))
-    headings = {name: caption(name, networks, ", ") for name in in_order({name for *_, line in lines for name in line})}
+            attacks = [name for name in row if row[name] and (name == "all" or find_attack(name))]
+            lines.append((f"paper, Table {row['table']}", "", 1, {name: [[float(row[name])]] for name in attacks}))
     rows, records = [], []
-    for label, epochs, seeds, summaries in lines:
-        rows.append({"Method": label, "Epoch": epochs, **dict.fromkeys(headings.values(), "")})
-        for attack, summary in summaries.items():
-            rows[-1][headings[attack]] = cell(summary, seeds)
-            records.append({"method": label, "epoch": epochs, "attack": attack, **summary})
+    for label, epochs, seeds, percents in lines:
+        rows.append({"Method": label, "Epoch": epochs})
+        for attack in sorted(percents, key=position):
+            records.append({"method": label, "epoch": epochs, "attack": attack, **summary(percents[attack])})
+            rows[-1][attack] = cell(records[-1], seeds)
+    attacks = sorted({record["attack"] for record in records}, key=position)
+    columns = {"Method": "Method", "Epoch": "Epoch"} | {attack: caption(attack, networks, ", ") for attack in attacks}
     shared = shared_settings(groups, "dataset", "target", "guide", "epochs", "train_images", "batch_size", "seed")
     foot = "Accuracy in percent with its 95 % interval (Wilson)"
     if len(networks) > len(groups):
         foot += "; of several seeds the mean ± the standard deviation"
-    return SimpleNamespace(head=f"All rows: {shared}.", rows=rows, foot=f"{foot}.", records=records)
+    return f"All rows: {shared}.", columns, rows, f"{foot}.", records
 
 
 def paired_interval(only_a, only_b, n):
@@ -495,8 +447,7 @@ def paired_interval(only_a, only_b, n):
 
 
 def mcnemar(only_a, only_b):
-    """The exact two-sided p of McNemar's test, in which an image that is correct in one alone is a fair coin: twice the
-    tail of the binomial, at most 1. Whole numbers do not overflow."""
+    """The exact two-sided p of McNemar's test: twice the tail of the binomial at 1/2, at most 1, in whole numbers."""
     n, ways, tail = only_a + only_b, 1, 0
     for k in range(min(only_a, only_b) + 1):
         tail += ways  # to choose k of n
@@ -505,8 +456,7 @@ def mcnemar(only_a, only_b):
 
 
 def read_matrix(network, attack):
-    """From the .npz beside the JSON: which images are still correct under the attack, (n,) bool, and their labels and
-    indices in the test set, (n,) int64. Raises UserError if the file is missing or not of this JSON."""
+    """From the .npz beside the JSON: the images still correct under the attack, (n,) bool; their labels and indices."""
     row = network.rows[attack]
     path = row["file"].with_suffix(".npz")
     content = read(path)
@@ -522,8 +472,7 @@ def read_matrix(network, attack):
 
 
 def paired_difference(attack, a, b):
-    """A row of `compare`: what networks a and b make of the same images under an attack, in percent. Raises UserError
-    if images or labels differ."""
+    """A row of `compare`, in percent. Raises UserError if the images or labels of the networks a and b differ."""
     row_a, row_b = a.rows[attack], b.rows[attack]
     (mask_a, y_a, indices_a), (mask_b, y_b, indices_b) = read_matrix(a, attack), read_matrix(b, attack)
     same = np.array_equal(y_a, y_b) and np.array_equal(indices_a, indices_b)
@@ -549,70 +498,71 @@ def mean_difference(rows):
     return {**rows[0], **accuracies, **ends, **blank, "sd": sd}
 
 
-def read_side(paths):
-    """One side of a comparison: {role: the group of its networks, one for each path}. Raises UserError if it is not one
-    training with several seeds."""
-    networks = [network for path in paths for network in read_all(read_evaluation, [path])]
-    groups = grouped(networks, seed_alone)
-    side = {group.role: group for group in groups}
-    if len(side) < len(groups) or any(len(group.members) != len(paths) for group in groups):
-        raise UserError(f"{', '.join(map(str, paths))}: not a network for each, which differ in the seed alone")
-    return side
-
-
 def compare(args):
-    """The differences B - A between two networks on the same images, one pair for each seed."""
-    if len(args.a) != len(args.b):
-        raise UserError(f"A has {len(args.a)} paths and B has {len(args.b)}: they are compared in pairs")
-    side_a, side_b = read_side(args.a), read_side(args.b)
+    """The differences B - A between two networks on the same images, one pair for each seed, as a page."""
+    sides = []  # {role: the group of its networks, one for each path}
+    for text in (args.a, args.b):
+        paths = [Path(name) for name in text.split(",")]
+        groups = grouped(read_all(read_evaluation, paths), seed_alone)
+        sides.append({group.role: group for group in groups})
+        if len(sides[-1]) < len(groups) or any(len(group.members) != len(paths) for group in groups):
+            raise UserError(f"{text}: not a network for each, which differ in the seed alone")
+    side_a, side_b = sides
     rows = []
     for role in [role for role in side_a if role in side_b]:
+        if len(side_a[role].members) != len(side_b[role].members):
+            raise UserError("A and B have not as many paths: they are compared in pairs")
         pairs = [*zip(side_a[role].members, side_b[role].members, strict=True)]
-        for attack in in_order({attack for a, b in pairs for attack in a.rows.keys() & b.rows.keys()}):
+        for attack in sorted({attack for a, b in pairs for attack in a.rows.keys() & b.rows.keys()}, key=position):
             both = [(a, b) for a, b in pairs if attack in a.rows and attack in b.rows]
-            check_same_attack(attack, [network.rows[attack] for pair in both for network in pair])
+            caption(attack, [network for pair in both for network in pair], "")  # raises if they do not compare
             found = [paired_difference(attack, a, b) for a, b in both]
             rows += [*found, mean_difference(found)] if len(found) > 1 else found
     if not rows:
         raise UserError("A and B have no attack on the same network in common")
-    names_ab = args.labels or [f"{group.title}, {group.source}" for group in (side_a[role], side_b[role])]
+    titles = []
+    for side in sides:
+        first = next(iter(side.values()))  # the column "network" has the role
+        titles.append(f"{first.title.removesuffix(', guide')}, {first.source}")
     foot = (
         "Accuracy in percent; B - A in points with its 95 % interval for paired proportions (Bonett and Price, 2012); "
         "images that are correct in A alone and in B alone; p of McNemar's exact test, two-sided."
     )
-    if len(args.a) > 1:
+    if len(pairs) > 1:
         foot += " Mean of the seeds: standard deviation of the differences, Student's 95 % interval."
-    return SimpleNamespace(head=f"A: {names_ab[0]}. B: {names_ab[1]}.", rows=rows, foot=foot, records=rows)
+    columns = {name: name for name in max(rows, key=len)}
+    return f"A: {titles[0]}. B: {titles[1]}.", columns, rows, foot, rows
 
 
-def as_markdown(page, aligned=False):
+def as_markdown(head, columns, rows, foot, aligned=False):
     """A page as Markdown. `aligned`: its columns stand below each other, for a terminal."""
-    names = [*max(page.rows, key=len)]
-    table = [names]
-    for row in page.rows:
-        table.append([format(row[name], FORMATS.get(name, "")) if row.get(name, "") != "" else "" for name in names])
-    table = [[" ".join(text.split()).replace("|", "\\|") for text in line] for line in table]
-    widths = [max(4, *map(len, column)) if aligned else 0 for column in zip(*table, strict=True)]
-    table.insert(1, ["---".ljust(widths[0], "-"), *("---:".rjust(width, "-") for width in widths[1:])])
-    lines = [
-        "| " + " | ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) + " |" for first, *rest in table
-    ]
-    return printable("\n".join([page.head, "", *lines, "", f"{page.foot}\n"]))
+    lines = [columns.values()]
+    for row in rows:
+        lines.append([format(row[name], FORMATS.get(name, "")) if row.get(name, "") != "" else "" for name in columns])
+    lines = [[" ".join(text.split()).replace("|", "\\|") for text in line] for line in lines]
+    widths = [max(4, *map(len, column)) if aligned else 0 for column in zip(*lines, strict=True)]
+    lines.insert(1, ["---".ljust(widths[0], "-"), *("---:".rjust(width, "-") for width in widths[1:])])
+    text = f"{head}\n\n"
+    for first, *rest in lines:
+        text += "| " + " | ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) + " |\n"
+    return printable(f"{text}\n{foot}\n")
 
 
-def as_csv(page):
-    """A page's figures as CSV, unrounded."""
-    names = dict.fromkeys(name for record in page.records for name in record)
+def as_csv(records):
+    """Records as CSV, unrounded."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(name for record in records for name in record), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(page.records)
+    writer.writerows(records)
     return printable(text.getvalue())
 
 
 def attacked_images(args):
     """Test images drawn at random, class-balanced; their perturbation, so that -epsilon is black, 0 grey and epsilon
     white; the attacked images. An image that is misclassified without an attack stays at its random start."""
+    if getattr(find_attack(args.attack), "function", None) is None:
+        names = [name for name, attack in ATTACKS.items() if attack.function]
+        raise UserError(f"attack '{args.attack}' cannot be drawn: choose from {', '.join(names)}")
     content, _ = load_trained(args.checkpoint, args.target, args.dataset, normalise=args.normalise)
     images, indices = load_test_images(args, content)
     model = load_network(content, args.network, args.checkpoint, len(images.classes))
@@ -638,98 +588,80 @@ def attacked_images(args):
     return figure
 
 
-PICTURES = (  # name, function, what it reads, which of its networks are one group, help
-    ("convergence", convergence, read_run, None, "accuracy by epoch on training and test images (the paper's Fig. 3)"),
-    ("clean", clean, read_run, None, "accuracy by epoch on clean test images (the paper's Fig. 4)"),
-    ("weak-to-strong", weak_to_strong, read_run, None, "dynamic labels, guide and target by epoch (Sec. 3.3)"),
-    ("overfitting", overfitting, read_run, None, "accuracy under PGD-10 by epoch on held-out training images"),
-    ("bars", bars, read_evaluation, None, "accuracy under each attack (the paper's Fig. 5)"),
-    ("epsilon", accuracy_by_epsilon, read_evaluation, same_weights, "accuracy under each attack against epsilon"),
-    ("scatter", scatter, read_evaluation, seed_alone, "accuracy under an attack against clean accuracy"),
-    ("table", table, read_evaluation, seed_alone, "all accuracies, beside the paper's Tables 1 to 4"),
+FIGURES = (  # name, function, help
+    ("convergence", accuracies, "accuracy by epoch on training and test images (the paper's Fig. 3)"),
+    ("clean", accuracies, "accuracy by epoch on clean test images (the paper's Fig. 4)"),
+    ("weak-to-strong", weak_to_strong, "dynamic labels, guide and target by epoch (Sec. 3.3)"),
+    ("overfitting", accuracies, "accuracy under PGD-10 by epoch on held-out training images"),
+    ("bars", bars, "accuracy under each attack (the paper's Fig. 5)"),
+    ("epsilon", accuracy_by_epsilon, "accuracy under each attack against epsilon"),
+    ("scatter", scatter, "accuracy under an attack against clean accuracy"),
+    ("table", table, "all accuracies, beside the paper's Tables 1 to 4"),
+    ("compare", compare, "two networks image by image, B - A"),
+    ("images", attacked_images, "what the attack does to test images"),
 )
-
-
-def parse_paths(text):
-    """'a.json,b.json' as a list of paths."""
-    return [Path(name) for name in text.split(",")]
 
 
 def parser():
     p = Parser(prog="figures.py", description=__doc__)
     kinds = p.add_subparsers(dest="kind", required=True, metavar="FIGURE")
-    for name, draw, read_one, belongs, text in PICTURES:
-        one = kinds.add_parser(name, description=draw.__doc__, help=text)
-        one.set_defaults(draw=draw, read=read_one, belongs=belongs, make=draw_items)
-        add, is_table = one.add_argument, draw is table
-        kind = "run directories" if read_one is read_run else "JSON files of evaluate.py, or folders of them"
-        add("paths", type=Path, nargs="+", metavar="PATH", help=kind)
-        add("--labels", nargs="+", metavar="NAME", help="one per network (default: method, and folder if need be)")
-        add("--dataset-name", metavar="NAME", help="how to call the data set (default: the --dataset of the runs)")
-        suffixes = ".md or .csv" if is_table else ".png, .pdf or .svg"
-        add("--out", type=Path, required=not is_table, metavar="FILE", help=suffixes)
-        if is_table:
+    for name, make, text in FIGURES:
+        one = kinds.add_parser(name, description=make.__doc__, help=text)
+        add, is_page = one.add_argument, make in (table, compare)
+        suffixes = [".md", ".csv"] if is_page else [*UNDATED]
+        one.set_defaults(make=make, is_page=is_page, suffixes=suffixes)
+        add("--out", type=Path, required=not is_page, metavar="FILE", help=", ".join(suffixes))
+        if make is compare:
+            add("a", metavar="A", help="a JSON file of evaluate.py or a folder; A1,A2,A3 for three seeds")
+            add("b", metavar="B", help="as many")
+        elif make is attacked_images:
+            add_image_options(add)
+        else:
+            what = "run directories" if make in (accuracies, weak_to_strong) else "JSON files of evaluate.py, folders"
+            add("paths", type=Path, nargs="+", metavar="PATH", help=what)
+            add("--labels", nargs="+", metavar="NAME", help="one per network (default: method, and folder if need be)")
+            add("--dataset-name", metavar="NAME", help="how to call the data set (default: the --dataset of the runs)")
+        if make is table:
             add("--by-seed", action="store_true", help="a row per run, not one for runs that differ in the seed alone")
-        if draw is scatter:
-            add("--attack", default="pgd20", metavar="NAME", help="on the vertical axis (default: pgd20)")
-    one = kinds.add_parser("compare", description=compare.__doc__, help="two networks image by image, B - A")
-    one.set_defaults(make=compare)
-    add = one.add_argument
-    add("a", type=parse_paths, metavar="A", help="a JSON file of evaluate.py or a folder; A1,A2,A3 for three seeds")
-    add("b", type=parse_paths, metavar="B", help="as many")
-    add("--labels", nargs=2, metavar="NAME", help="how to call A and B (default: method and folder)")
-    add("--out", type=Path, metavar="FILE", help=".md or .csv")
-    one = kinds.add_parser("images", description=attacked_images.__doc__, help="what the attack does to test images")
-    one.set_defaults(make=attacked_images)
-    add = one.add_argument
+        if make is scatter:
+            add("--attack", default="pgd20", metavar="NAME", help="on the vertical axis")
+    return p
+
+
+def add_image_options(add):
+    """The options of `images`, where they differ from those of evaluate.py in number and in defaults."""
     add("checkpoint", type=Path, help="a run's last.pt, or a file with weights")
-    add("--out", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
     add("--network", choices=("target", "guide"), default="target", help="which one is attacked (default: target)")
     add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
     add("--normalise", nargs=2, type=parse_fractions, metavar=("MEAN", "STD"), help=NORMALISE)
     add("--dataset", choices=DATASETS, help="default: the run's")
     add("--data-dir", type=Path, metavar="D", help="default: the run's, else 'data'")
     add("--images", type=in_range(int, 3, 12), default=6, metavar="N", help="default: 6")
-    add("--attack", type=pictured_attack, default="pgd20", metavar="NAME", help="such as fgsm, cw (default: pgd20)")
+    add("--attack", default="pgd20", metavar="NAME", help="such as fgsm, cw (default: pgd20)")
     add("--epsilon", type=in_range(parse_fraction, 1e-3, 1), default=8 / 255, metavar="E", help="default: 8/255")
     add("--step-size", type=in_range(parse_fraction, 0, 1), default=2 / 255, metavar="A", help="default: 2/255")
     add("--seed", type=in_range(int, 0), default=0, metavar="S", help="of images and start (default: 0)")
-    return p
-
-
-def draw_items(args):
-    """The picture or page of the runs or networks in `args.paths`."""
-    items = read_all(args.read, args.paths)
-    if not items:
-        raise UserError(f"there are no results in {args.paths[0]}: evaluate.py --json writes them")
-    for item in items:
-        item.settings["dataset"] = args.dataset_name or item.settings.get("dataset")
-    if args.belongs:
-        apart = args.kind == "table" and args.by_seed
-        items = grouped(items, (lambda *_: False) if apart else args.belongs)
-    options = {"attack": args.attack} if args.kind == "scatter" else {}
-    return args.draw(items, names(items, args.labels), **options)
 
 
 @exit_status
 def main(argv):
     args = parser().parse_args(argv)
-    is_page = args.kind in ("table", "compare")
-    suffixes = [".md", ".csv"] if is_page else [*UNDATED]
     suffix = args.out.suffix.lower() if args.out else None
-    if args.out and suffix not in suffixes:
-        raise UserError(f"--out {args.out}: it ends in {', '.join(suffixes)}")
+    if args.out and suffix not in args.suffixes:
+        raise UserError(f"--out {args.out}: it ends in {', '.join(args.suffixes)}")
     defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     with matplotlib.rc_context(defaults | STYLE):
         made = args.make(args)
-        if not is_page:
+        if not args.is_page:
             with atomic_write(args.out) as partial, warnings.catch_warnings(record=True) as caught:
                 made.savefig(partial, format=suffix[1:], metadata=UNDATED[suffix])
             if caught:  # a letter that the font lacks
                 print(f"note: {caught[0].message}", file=sys.stderr)
-    if is_page and args.out:
-        write_text(args.out, as_csv(made) if suffix == ".csv" else as_markdown(made))
-    print(args.out or as_markdown(made, aligned=True).rstrip())
+    if args.is_page and args.out:
+        *page, records = made
+        with atomic_write(args.out) as partial:
+            partial.write_text(as_csv(records) if suffix == ".csv" else as_markdown(*page), encoding="utf-8")
+    print(args.out or as_markdown(*made[:-1], aligned=True).rstrip())
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def decode_all(files):
                 answer = pickle.load(workers[number % cores].stdout)
             except (EOFError, pickle.UnpicklingError):
                 raise ValueError(f"a file from {chunk[0]} to {chunk[-1]} ends the process that reads it") from None
-            if isinstance(answer, str):
-                raise ValueError(answer)
+            if isinstance(answer, ValueError):
+                raise answer
             yield answer
     finally:
         for worker in workers:
@@ -85,17 +85,12 @@ def decode_all(files):
             worker.stdout.close()
 
 
-def _answer(chunks):
-    """What a worker process writes: for each chunk decode_chunk(chunk), or the text of the error."""
-    for chunk in chunks:
-        try:
-            answer = decode_chunk(chunk)
-        except ValueError as error:
-            answer = str(error)
-        pickle.dump(answer, sys.stdout.buffer)
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
     with suppress(BrokenPipeError, EOFError):  # the process that asked has ended
-        _answer(pickle.load(sys.stdin.buffer))
+        for chunk in pickle.load(sys.stdin.buffer):
+            try:
+                answer = decode_chunk(chunk)
+            except ValueError as error:
+                answer = error
+            pickle.dump(answer, sys.stdout.buffer)
+            sys.stdout.flush()

@@ -25,25 +25,21 @@ BLOCK = 32  # consecutive test images whose starts are drawn together: a generat
 LOGGER = logging.getLogger("auto-attack")  # of the package pyautoattack
 
 
-# The table of attacks
-
-
 class Attack(NamedTuple):
     """An attack of the evaluation: a function, or else stages of AutoAttack."""
 
     title: str  # on a page
     help: str
     settings: dict  # what is fixed, with `steps`, as it is reported
-    # (network in eval mode, x (B, 3, H, W), y (B,), uniform start, epsilon=, step_size=, steps=) to x_adv (B, 3, H, W).
-    # It draws no random numbers, and no image depends on the rest of the batch.
+    # Arguments and result as of `attacks.pgd`. It draws no random numbers; no image depends on the rest of the batch.
     function: Callable | None = None
-    takes_step_size: bool = True
+    takes_step_size: bool = True  # or has one of its own
     stages: tuple = ()  # of AutoAttack
 
 
-def fgsm(model, x, y, start, *, epsilon, steps):
-    """Goodfellow et al. (2015): x + epsilon * sign(grad CE(f(x), y)), clamped to [0, 1]. It begins at x, not at
-    `start`. Other arguments and the result as of `pgd`."""
+def fgsm(model, x, y, start, *, epsilon, step_size, steps):
+    """Goodfellow et al. (2015): x + epsilon * sign(grad CE(f(x), y)), clamped to [0, 1]; it uses neither `start` nor
+    `step_size`."""
     return pgd(model, x, y, x, epsilon=epsilon, step_size=epsilon, steps=steps)
 
 
@@ -55,30 +51,18 @@ STAGES = {  # of AutoAttack, in its order: what is fixed, as it is reported
 }
 ATTACKS = {  # by name, in the order of a page; <steps> is a number from 1 to 9999
     "clean": Attack("Clean", "no attack", {}),
-    "fgsm": Attack(
-        "FGSM", "one step of epsilon on CE from the image itself",
-        {"steps": 1}, fgsm, takes_step_size=False,
-    ),
-    "pgd<steps>": Attack(
-        "PGD-<steps>", "so many steps on CE from a uniform start; an image once fooled stays fooled",
-        {"restarts": 1}, partial(drop_fooled, pgd),
-    ),
-    "cw": Attack(
-        "C&W", "20 such steps on C&W's margin, max_{c != y} z_c - z_y, kappa = 0",
-        {"steps": 20, "restarts": 1, "kappa": 0}, partial(drop_fooled, cw),
-    ),
-    "apgd": Attack(
-        "APGD", "AutoAttack's first attack alone: Auto-PGD on CE, 100 steps, one restart",
-        {}, stages=("apgd-ce",),
-    ),
-    "aa-fast": Attack(
-        "AA-fast", "its first two, Auto-PGD on CE and on the targeted DLR loss",
-        {}, stages=("apgd-ce", "apgd-t"),
-    ),
-    "aa": Attack(
-        "AA", 'AutoAttack "standard": these two, targeted FAB and Square with 5,000 queries',
-        {}, stages=("apgd-ce", "apgd-t", "fab-t", "square"),
-    ),
+    "fgsm": Attack("FGSM", "one step of epsilon on CE from the image itself",
+                   {"steps": 1}, fgsm, takes_step_size=False),
+    "pgd<steps>": Attack("PGD-<steps>", "so many steps on CE from a uniform start; an image once fooled stays fooled",
+                         {"restarts": 1}, partial(drop_fooled, pgd)),
+    "apgd": Attack("APGD", "AutoAttack's first attack alone: Auto-PGD on CE, 100 steps, one restart",
+                   {}, stages=("apgd-ce",)),
+    "cw": Attack("C&W", "20 steps like those of pgd on C&W's margin, max_{c != y} z_c - z_y, kappa = 0",
+                 {"steps": 20, "restarts": 1, "kappa": 0}, partial(drop_fooled, cw)),
+    "aa-fast": Attack("AA-fast", "AutoAttack's first two, Auto-PGD on CE and on the targeted DLR loss",
+                      {}, stages=("apgd-ce", "apgd-t")),
+    "aa": Attack("AA", 'AutoAttack "standard": these two, targeted FAB and Square with 5,000 queries',
+                 {}, stages=tuple(STAGES)),
 }  # fmt: skip
 
 
@@ -102,9 +86,6 @@ def find_attack(name):
     return attack._replace(title=attack.title.replace("<steps>", str(steps)), settings=settings)
 
 
-# The attacks
-
-
 @torch.no_grad()
 def is_correct(model, x, y):
     """Whether argmax model(x) = y, (B,) bool, for images (B, 3, H, W). Raises UserError if a logit is not finite."""
@@ -115,12 +96,12 @@ def is_correct(model, x, y):
 
 
 def uniform_starts(x, indices, epsilon, key):
-    """A uniform start for each image. It depends on `key` and the image's index in the test set alone, not on the batch
-    or on what was attacked before. Images x (B, 3, H, W), indices (B,) int64 on the CPU."""
+    """A uniform start for each image of x (B, 3, H, W). It depends on `key` and the image's index in the test set
+    alone, not on the batch. Indices (B,) int64 on the CPU."""
     start = torch.empty_like(x)  # in the memory format of x
-    block_of = indices // BLOCK
-    for block in block_of.unique().tolist():
-        rows = (block_of == block).nonzero().squeeze(1)
+    blocks = indices // BLOCK
+    for block in blocks.unique().tolist():
+        rows = (blocks == block).nonzero().squeeze(1)
         places = (indices[rows] % BLOCK).to(x.device)
         rows = rows.to(x.device)
         whole = x.new_zeros(BLOCK, *x.shape[1:])  # noise is drawn for all images of the block, attacked or not
@@ -173,23 +154,20 @@ def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
         x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=generator.initial_seed())
     else:
         attack = find_attack(name)
-        budget = {"epsilon": epsilon, "steps": attack.settings["steps"]}
-        if attack.takes_step_size:
-            budget["step_size"] = step_size
+        steps = attack.settings["steps"]
         start = uniform_starts(x, indices, epsilon, (seed, name))
-        x_adv = attack.function(model, x, y, start, **budget)
+        x_adv = attack.function(model, x, y, start, epsilon=epsilon, step_size=step_size, steps=steps)
     allowed = (x_adv >= x - radius) & (x_adv <= x + radius) & (x_adv >= 0) & (x_adv <= 1)
     if not allowed.all():  # false for NaN as well
         raise UserError(f"{name} left the epsilon ball or [0, 1], or met a NaN: are the weights finite?")
     return x_adv
 
 
-def correct_under_attack(model, images, indices, attack, *, epsilon, step_size, batch_size, seed):
-    """Which of the images at `indices`, (M,) int64 on the CPU, are classified as their label under `attack` in eval
-    mode: (M,) bool on the CPU. Raises UserError if a logit is not finite."""
+def correct_under_attack(model, images, indices, attack, *, batch_size, **budget):
+    """Which of the images at `indices`, (M,) int64 on the CPU, are classified as their label in eval mode: (M,) bool on
+    the CPU. `budget` is epsilon, step_size and seed of `attack_batch`. Raises UserError if a logit is not finite."""
     if len(indices) == 0:
         return torch.zeros(0, dtype=torch.bool)
-    budget = {"epsilon": epsilon, "step_size": step_size, "seed": seed}
     layout = memory_format(images.x.device, "fp32")
     masks = []
     with eval_mode(model):
@@ -201,12 +179,9 @@ def correct_under_attack(model, images, indices, attack, *, epsilon, step_size, 
     return torch.cat(masks)
 
 
-# The matrix
-
-
 class Column(NamedTuple):
-    """A column of the matrix: an attack, or a stage of AutoAttack, on a network and the first n images. Only images
-    that are still correct in the column `before` are attacked."""
+    """An attack, or a stage of AutoAttack, on a network and those of the first n images that are still correct in the
+    column `before`."""
 
     network: str  # target or guide
     attack: str
@@ -216,11 +191,9 @@ class Column(NamedTuple):
 
 
 def plan_columns(roles, attacks, total):
-    """The columns of the evaluation, in order, and which of them are an attack's: {(network, attack): their places}.
-
-    These are the clean column and the attack's own, or one for each of its stages of AutoAttack; attacks of equal
-    epsilon and images share their first stages. `attacks` is {name: (number of images, epsilon)}, `total` the number of
-    all images."""
+    """The columns in order, and {(network, attack): the places of its columns}: the clean one, then its own or those
+    of its stages; attacks of equal epsilon and images share their first stages. `attacks` is {name: (number of images,
+    epsilon)}, `total` the number of all images."""
     columns, places = [], {}
     for role in roles:
         clean = len(columns)
@@ -238,8 +211,8 @@ def plan_columns(roles, attacks, total):
 
 
 def attack_columns(networks, columns, images, indices, *, step_size, seed):
-    """The masks of the columns for one batch, the images at `indices`, as a progress file holds them: "masks" (a string
-    of 0 and 1 per column), "seconds" (per column) and AutoAttack's "warnings"."""
+    """What a progress file holds of one batch, the images at `indices`: "masks" (a string of 0 and 1 per column),
+    "seconds" (per column) and AutoAttack's "warnings"."""
     masks, seconds, warnings = [], [], []
     for column in columns:
         began = time.perf_counter()
@@ -269,8 +242,8 @@ def read_masks(records):
 
 
 def collect_warnings(columns, places, masks, records):
-    """What AutoAttack's own checks found, of sentences that differ in numbers alone the first. The check of Square,
-    whether it fooled many images that the other stages had left, needs the whole test set."""
+    """What AutoAttack's own checks found, of sentences that differ in numbers alone the first. The check of Square
+    needs the whole test set."""
     sentences = [sentence for record in records for sentence in record["warnings"]]
     for (role, name), behind in places.items():
         if "square" in find_attack(name).stages:

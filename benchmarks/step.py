@@ -35,7 +35,7 @@ from cli import Parser, UserError, exit_status, in_range, numerics, pick_device,
 from data import class_balanced_subset, load_images, train_batches
 from distributed import all_reduce
 from settings import ATTACK, parse, resolve
-from speed import Fast, memory_format, tf32
+from speed import FastNetwork, memory_format, tf32
 
 
 def draw_batches(settings, images):
@@ -60,7 +60,7 @@ def our_update(settings, networks, optimizer):
     method = train_dynat.METHODS[settings["method"]]
     arguments = step_settings(settings)
     bf16 = settings["precision"] == "bf16"
-    fast = {role: Fast(model, bf16, settings["compile"]) for role, model in networks.items()}
+    fast = {role: FastNetwork(model, bf16, settings["compile"]) for role, model in networks.items()}
 
     def update(x, y, start):
         from_loop = {"epoch": 1, "all_reduce": all_reduce, "noise": lambda k: torch.randn_like(x)}

@@ -133,7 +133,7 @@ COMPANY = [np.float64(0.8), np.arange(3), np.random.get_state(), Path("a/b"), Pu
            NOW - NOW, argparse.Namespace(lr=np.float32(0.1), out=Path("a"))]  # fmt: skip
 
 
-@pytest.mark.parametrize("company", COMPANY, ids=repr)
+@pytest.mark.parametrize("company", COMPANY, ids=lambda company: type(company).__name__)
 def test_harmless_objects_beside_the_weights_are_passed_over_and_never_made(company, tmp_path):
     (tmp_path / "a.pt").write_bytes(saved({"state_dict": STATE, "company": company}))
     content = checkpoints.load(tmp_path / "a.pt")
