@@ -107,7 +107,8 @@ def sigterm_raises():
 def clean_torch():
     """Inside the `with`, nothing depends on the default device, half precision, autocast, gradients or loading that a
     caller or a start-up file has chosen in torch. The caller's random numbers stay as they would have been."""
-    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    device = torch.empty(0).device  # torch 2.9: get_default_device() raises after set_default_device(None)
+    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
             if name in os.environ:  # with both, torch.load refuses every file

@@ -629,7 +629,7 @@ def parser():
 
 
 def add_image_options(add):
-    """The options of `images`, where they differ from those of evaluate.py in number and in defaults."""
+    """The options of `images`."""
     add("checkpoint", type=Path, help="a run's last.pt, or a file with weights")
     add("--network", choices=("target", "guide"), default="target", help="which one is attacked (default: target)")
     add("--target", metavar="NAME", help="what a file with bare weights is, as wrn34-10 (default: the run's)")
