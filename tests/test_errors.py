@@ -99,7 +99,6 @@ OTHERS = {
     f"{BARE} --weights ema": "holds no averaged weights",
     f"{BARE} --normalise 127,126,125 64": "not one of RGB images in [0, 1]: mean [127.0, 126.0, 125.0] and std",
     "run/last.pt --normalise 0.5 0.25": "is of a run, which normalises no images: leave out --normalise",
-    "run/last.pt --weights ema": "holds no averaged weights: train with --ema",
     "clean none --out a.png": "there is no file none/config.json",
 }
 
