@@ -31,7 +31,17 @@ from types import SimpleNamespace
 import numpy as np
 
 from checkpoints import load_network, load_trained
-from cli import Parser, UserError, atomic_write, check_file, exit_status, in_range, parse_fraction, parse_fractions
+from cli import (
+    Parser,
+    UserError,
+    atomic_write,
+    check_file,
+    exit_status,
+    in_range,
+    parse_fraction,
+    parse_fractions,
+    write_text,
+)
 from data import DATASETS, to_float
 from evaluate import ALL, NORMALISE, load_test_images, wilson
 from robustness import ATTACKS, attack_batch, find_attack, split_name
@@ -659,8 +669,7 @@ def main(argv):
                 print(f"note: {caught[0].message}", file=sys.stderr)
     if args.is_page and args.out:
         *page, records = made
-        with atomic_write(args.out) as partial:
-            partial.write_text(as_csv(records) if suffix == ".csv" else as_markdown(*page), encoding="utf-8")
+        write_text(args.out, as_csv(records) if suffix == ".csv" else as_markdown(*page))
     print(args.out or as_markdown(*made[:-1], aligned=True).rstrip())
 
 

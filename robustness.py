@@ -17,7 +17,7 @@ import torch
 
 from attacks import cw, drop_fooled, eval_mode, pgd, uniform_start
 from cli import UserError
-from data import make_generator, to_float
+from data import make_generator, seed_of, to_float
 from speed import memory_format
 
 TARGETS = 9  # classes that apgd-t and fab-t aim at, if there are so many others
@@ -150,8 +150,7 @@ def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
     radius = epsilon
     if name in STAGES:
         radius += 1e-6  # FAB measures |x_adv - x|, which rounds
-        generator = make_generator("cpu", seed, name, int(indices[0]))
-        x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=generator.initial_seed())
+        x_adv = auto_attack(model, name, x, y, epsilon=epsilon, seed=seed_of(seed, name, int(indices[0])))
     else:
         attack = find_attack(name)
         steps = attack.settings["steps"]
