@@ -5,7 +5,9 @@ all-reduced here, once per update, before `optimizer.step()`. In a single proces
 Of this project it imports `cli`.
 """
 
+import json
 import os
+import time
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 import torch
@@ -106,6 +108,49 @@ def run_on_rank0(function, *args):
     result = [on_every_rank(lambda: function(*args) if rank() == 0 else None)]
     dist.broadcast_object_list(result, device=torch.device("cpu"))
     return result[0]
+
+
+def in_order(function, numbers):
+    """`function(i)` for each i of the range `numbers`, one by one, on rank 0. Each process takes the next number that
+    nobody has, so that none waits for a slower one; the other ranks get nothing. What goes wrong on one of them is
+    raised on rank 0. The results are lists, dicts, numbers and strings, which JSON keeps."""
+    if world_size() == 1:
+        yield from map(function, numbers)
+        return
+    address = os.environ["MASTER_ADDR"]
+    if rank() == 0:
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    port = run_on_rank0(lambda: store.port)
+    if rank() > 0:
+        store = dist.TCPStore(address, port, wait_for_workers=False)
+
+    def take():
+        """Works on the next number and keeps the result in the store. False if there is none, or after a mistake."""
+        place = store.add("taken", 1) - 1
+        if place >= len(numbers):
+            return False
+        try:
+            found = {"result": function(numbers[place])}
+        except (UserError, OSError) as error:
+            found = {"error": str(error)}
+        store.set(str(numbers[place]), json.dumps(found))
+        return "error" not in found
+
+    if rank() > 0:
+        try:
+            while take():
+                pass
+        except dist.DistError:
+            raise UserError("rank 0, which keeps the results, has ended") from None
+        return
+    for i in numbers:
+        while not store.check([str(i)]):
+            if not take():
+                time.sleep(0.02)
+        found = json.loads(store.get(str(i)))
+        if "error" in found:
+            raise UserError(found["error"])
+        yield found["result"]
 
 
 @contextmanager

@@ -9,13 +9,14 @@ device a command gives the same figures again, except for AutoAttack on a GPU, w
 
 The result is one boolean matrix, images by attacks: which images are still classified as their label. An image that is
 misclassified without any attack is not attacked. After each batch its masks go to a progress file, from which --resume
-continues. With --json FILE.json the matrix is kept in FILE.npz.
+continues. With --json FILE.json the matrix is kept in FILE.npz. Several processes share the batches out, to the same
+figures: torchrun --nproc-per-node 4 evaluate.py ...
 
 --protocol standard  every attack with epsilon 8/255 on the whole test set
 --protocol paper     as the release: AutoAttack with epsilon 0.031 on the first 1,000 test images, the rest as above
 """
 
-# Of this project it imports `checkpoints`, `cli`, `data`, `robustness` and `speed`.
+# Of this project it imports `checkpoints`, `cli`, `data`, `distributed`, `robustness`, `saved_images` and `speed`.
 
 import json
 import math
@@ -28,19 +29,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 import checkpoints
 import cli
-from cli import Parser, Progress, UserError, exit_status, in_range, numerics, parse_fraction, pick_device, provenance
-from data import DATASETS, check_classes, class_balanced_mask, load_images, print_class_order
+import distributed
+from cli import Parser, Progress, UserError, exit_status, in_range, numerics, parse_fraction, provenance
+from data import DATASETS, Images, check_classes, class_balanced_mask, load_images, print_class_order
 from robustness import ATTACKS, STAGES, attack_columns, collect_warnings, find_attack, plan_columns, read_masks
+from saved_images import SavedImages
 from speed import memory_format
 
 DEFAULT_ATTACKS = "clean,pgd10,pgd20,pgd50,cw"
 ALL = ("pgd10", "pgd20", "pgd50", "cw", "aa")  # "All" of the paper's Table 1 is the mean over these
 NORMALISE = "mean and std that the network expects, as 0.49,0.48,0.45 0.25,0.24,0.26 (default: the file's)"
 REPORTED = ("network", "attacks", "dataset", "weights", "normalise", "epsilon", "step_size", "batch_size", "seed")
-MAY_DIFFER = ("command", "checkpoint", "python", "commit")  # when an evaluation is continued
+MAY_DIFFER = ("command", "checkpoint", "python", "commit", "processes")  # when an evaluation is continued
 
 
 def wilson(hits, n):
@@ -95,10 +99,11 @@ def worst_case(rows, masks):
     return worst_cases
 
 
-def table(rows, worst_cases):
+def table(report):
     """Results and worst cases of the JSON, a line each. "All" is there if each of its five attacks was measured."""
+    rows, worst_cases = report["results"], report["worst_case"]
     lines = ["network  attack      accuracy     95 % interval           n  epsilon   seconds"]
-    for row in rows + [{"attack": "worst case", **case} for case in worst_cases]:
+    for row in [*rows, *({"attack": "worst case", **case} for case in worst_cases)]:
         low, high = row["interval"]
         line = f"{row['network']:7}  {row['attack']:10}  {row['accuracy']:8.2%}  {low:7.2%} to {high:7.2%}"
         line += f"  {row['n']:6}"
@@ -112,19 +117,77 @@ def table(rows, worst_cases):
     return "\n".join(lines)
 
 
+@numerics(deterministic=False)
+def attack_network(model, x, y, attacks, *, epsilon=8 / 255, step_size=2 / 255, batch_size=256, seed=0):
+    """Attacks your own network as evaluate.py attacks its own: (what the JSON says, for `table`; {attack: which images
+    are still correct, (N,) bool}).
+
+    model       any nn.Module in eval mode, images to logits (B, C). A layer that normalises images belongs in it.
+    x, y        images (N, channels, height, width) of floats in [0, 1], labels (N,) int64 below C.
+    attacks     names as after --attacks: "clean,pgd20,cw,aa". aa and aa-fast need C >= 4.
+    epsilon     radius of the ball; like `step_size` in units of pixels in [0, 1].
+
+    All randomness comes from `seed`, so batches and images have the starts that the command line gives them. Raises
+    UserError for anything else than that."""
+    attacks = attack_names(attacks)
+    num_classes = check_network(model, x, y, epsilon)
+    check_auto_attack(attacks, num_classes)
+    device = next(model.parameters(), x).device
+    images = Images(x.float(), y, list(range(num_classes))).to(device)
+    columns, places = plan_columns(["network"], {name: (len(y), epsilon) for name in attacks}, len(y))
+    records = []
+    attack_batches(
+        {"network": FloatLogits(model)}, columns, places, images, torch.arange(len(y)).split(batch_size), records,
+        records.append, step_size=step_size, seed=seed,
+    )  # fmt: skip
+    report, masks = results(columns, places, records, step_size, num_classes)
+    return report, {name: masks[f"network {name}"] for name in attacks}
+
+
+class FloatLogits(nn.Module):
+    """A network whose logits are float32 or more: in bf16 losses are blunt, and pyautoattack's Square fails."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        logits = self.model(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def check_network(model, x, y, epsilon):
+    """The number of classes of a network. Raises UserError unless `attack_network` can attack it."""
+    if any(module.training for module in model.modules()):
+        raise UserError("the network is in train mode: call model.eval() first")
+    if not (x.dim() == 4 and len(x) and x.is_floating_point()):
+        raise UserError(f"x is {x.dtype} {tuple(x.shape)}: it must be floats of shape (N, channels, height, width)")
+    if not (x.min() >= 0 and x.max() <= 1):  # false for NaN as well
+        raise UserError(
+            f"x has pixels from {x.min():.4g} to {x.max():.4g}: they must be in [0, 1]; divide by 255, or move the "
+            "normalisation into the network"
+        )
+    if not 0 <= epsilon <= 1:
+        raise UserError(f"epsilon is {epsilon:g}, for pixels in [0, 1]: 8/255, for example")
+    with torch.no_grad():
+        logits = model(x[:1].float().to(next(model.parameters(), x).device))
+    if logits.dim() != 2:
+        raise UserError(f"the network gives {tuple(logits.shape)} for one image: it must be logits (1, C)")
+    num_classes = logits.shape[1]
+    if y.shape != x.shape[:1] or y.dtype != torch.int64 or not 0 <= y.min() <= y.max() < num_classes:
+        raise UserError(
+            f"y is {y.dtype} {tuple(y.shape)} from {y.min()} to {y.max()}: for {len(x)} images and {num_classes} "
+            f"logits it must be int64, ({len(x)},), from 0 to {num_classes - 1}"
+        )
+    return num_classes
+
+
 @contextmanager
-def open_progress(path, report, columns, batches, resume):
-    """Locks a progress file inside the `with`, which gets the list of finished batches and a function that writes one
-    more. A file without a batch is removed at the end. Raises UserError if another evaluation is at work on the file
-    or if it is not of this one, which has this `report`, number of `columns` and `batches` of indices."""
-
-    def append(line):
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
-
+def open_progress(path, report, columns, batches, resume, outputs=(), image_file=None):
+    """Locks a progress file inside the `with`, which gets the list of finished batches. The file, and with it the raw
+    one of `image_file`, is removed at the end if it has none. Raises UserError if another evaluation is at work on it,
+    if it is not of this one, which has this `report`, number of `columns` and `batches` of indices, or if one of the
+    `outputs` would be overwritten."""
     if path.exists():
         cli.check_file(path)
     elif resume:
@@ -141,13 +204,29 @@ def open_progress(path, report, columns, batches, resume):
             raise UserError(f"{path} is of an interrupted evaluation: continue it with --resume, or delete it")
         records = read_records(content, path, report, columns, batches) if content else []
         try:
+            for output in outputs:
+                if output.exists() and len(records) < len(batches):
+                    raise UserError(f"{output} exists already: choose another name, or delete it")
+            if image_file:
+                image_file.open(resumed=len(records) > 0)
             os.truncate(path, len(content))
             if not content:
-                append({"evaluation": report})
-            yield records, append
+                append(path, {"evaluation": report})
+            yield records
         finally:
             if not records:
                 path.unlink(missing_ok=True)
+                if image_file:
+                    image_file.discard()
+
+
+def append(path, line):
+    """Adds a line to a progress file."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_records(content, path, report, columns, batches):
@@ -221,10 +300,12 @@ def parser():
     add("--epsilon", type=fraction, default=8 / 255, metavar="E", help="radius for pixels in [0, 1] (default: 8/255)")
     add("--step-size", type=fraction, default=2 / 255, metavar="A", help="of pgd and cw (default: 2/255, the paper)")
     add = p.add_argument_group("run").add_argument
-    add("--batch-size", type=in_range(int, 1), default=256, metavar="B", help="a kill loses one batch at most")
+    add("--batch-size", type=in_range(int, 1), default=256, metavar="B", help="a kill loses the batches at work")
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add("--seed", type=in_range(int, 0), default=0, metavar="S", help="of starts, AutoAttack and subset")
     add("--json", type=Path, metavar="FILE", help="write the figures there, and the matrix in an .npz beside it")
+    text = "write the adversarial images there, float32, as attacked: NETWORK ATTACK images, indices and y"
+    add("--save-images", type=Path, metavar="FILE.npz", help=text)
     file = "FILE.progress, or that of the checkpoint, has its batches"
     add("--resume", action="store_true", help=f"continue an interrupted evaluation, to the same figures; {file}")
     return p
@@ -263,87 +344,128 @@ def check_auto_attack(attacks, num_classes):
         raise UserError("AutoAttack is not installed: pip install pyautoattack") from None
 
 
-def attack_batches(networks, columns, places, images, batches, records, append, args):
-    """Attacks the batches that `records` does not have yet and adds them to it, each written by `append` first."""
+def attack_batches(networks, columns, places, images, batches, records, append, *, step_size, seed, keep=None):
+    """Attacks the batches that `records` does not have yet, shared out among the processes, and adds them to it in
+    order, each written by `append` first, on rank 0. `keep` gets a batch's indices and its x_adv per column."""
     done = sum(len(batch) for batch in batches[: len(records)])
+
+    def attack(i):
+        record, x_advs = attack_columns(networks, columns, images, batches[i], step_size=step_size, seed=seed)
+        if keep is not None:
+            keep(batches[i], x_advs)
+        return record
+
     with Progress(len(images.y), done) as bar:
-        for batch in batches[len(records) :]:
-            record = attack_columns(networks, columns, images, batch, step_size=args.step_size, seed=args.seed)
+        for record in distributed.in_order(attack, range(len(records), len(batches))):
+            size = len(record["masks"][0])
             append(record)
             records.append(record)
-            masks = read_masks(records)
+            done += size
             accuracies = []
             for (role, name), behind in places.items():
-                n = columns[behind[-1]].n
-                accuracies.append(f"{role} {name} {masks[behind[-1]][:n].double().mean():.1%}")
-            bar.advance(len(batch), "  ".join(accuracies))
+                hits = sum(record["masks"][behind[-1]].count("1") for record in records)
+                accuracies.append(f"{role} {name} {hits / min(done, columns[behind[-1]].n):.1%}")
+            bar.advance(size, "  ".join(accuracies))
 
 
-def add_results(report, columns, places, records, settings, step_size, num_classes):
-    """Adds to the report what was measured. Returns {"network attack": its mask (n,) bool}."""
+def results(columns, places, records, step_size, num_classes):
+    """What the JSON says of all batches, and {"network attack": its mask (n,) bool}."""
     masks = read_masks(records)
     seconds = np.sum([record["seconds"] for record in records], 0).tolist()
-    report["warnings"] = collect_warnings(columns, places, masks, records)
-    result_masks, report["results"] = {}, []
+    rows, found = [], {}
     for (role, name), behind in places.items():
         row = result_row(name, behind, columns, masks, seconds, step_size, num_classes)
-        report["results"].append({"name": settings[role], **row})
-        result_masks[f"{role} {name}"] = masks[behind[-1]][: row["n"]]
-    report["worst_case"] = worst_case(report["results"], result_masks.values())
-    return result_masks
+        rows.append(row)
+        found[f"{role} {name}"] = masks[behind[-1]][: row["n"]]
+    warnings = collect_warnings(columns, places, masks, records)
+    return {"warnings": warnings, "results": rows, "worst_case": worst_case(rows, found.values())}, found
 
 
-@exit_status
-@numerics(deterministic=False)
-def main(argv):
-    args = parser().parse_args(argv)
-    if args.attacks is None:
-        args.attacks = attack_names(DEFAULT_ATTACKS if args.protocol == "standard" else f"{DEFAULT_ATTACKS},aa")
-    if args.json and not (args.json.suffix == ".json" and args.json.parent.is_dir()):
-        raise UserError(f"--json {args.json}: it is a name that ends in .json, in a folder that exists")
-    device = pick_device(args.device)
+def check_outputs(args):
+    """The files that an evaluation writes. Raises UserError unless they have their names and folders."""
+    if args.save_images and not args.json:
+        raise UserError("--save-images goes with --json FILE.json, which says what made the images")
+    outputs = []
+    for flag, path, suffix in (("--json", args.json, ".json"), ("--save-images", args.save_images, ".npz")):
+        if path:
+            if not (path.suffix == suffix and path.parent.is_dir()):
+                raise UserError(f"{flag} {path}: it is a name that ends in {suffix}, in a folder that exists")
+            outputs.append(path)
+    if args.json:
+        outputs.append(args.json.with_suffix(".npz"))
+        if args.save_images == outputs[-1]:
+            raise UserError(f"--save-images {args.save_images}: the matrix goes there, choose another name")
+    return outputs
+
+
+def prepare(args, device):
+    """(the networks by role, the test images on the device, their indices in the test set, the file's content and its
+    SHA-256)."""
     content, sha256 = checkpoints.load_trained(args.checkpoint, args.target, args.dataset, args.weights, args.normalise)
-    settings = content["settings"]
-    args.dataset = args.dataset or settings["dataset"]
+    args.dataset = args.dataset or content["settings"]["dataset"]
     images, indices = load_test_images(args, content)
-    images, total, num_classes = images.to(device), len(images.y), len(images.classes)
     networks, layout = {}, memory_format(device, "fp32")
     for role in args.network.split(","):
-        networks[role] = checkpoints.load_network(content, role, args.checkpoint, num_classes, layout).to(device)
+        model = checkpoints.load_network(content, role, args.checkpoint, len(images.classes), layout)
+        networks[role] = model.to(device)
+    return networks, images.to(device), indices, content, sha256
+
+
+def evaluate(args, argv, device):
+    """Attacks the networks that the flags name; rank 0 prints and writes the results."""
+    outputs = check_outputs(args)
+    networks, images, indices, content, sha256 = distributed.first_rank_first(lambda: prepare(args, device))
+    total, num_classes = len(images.y), len(images.classes)
     protocol_name, planned = protocol(args, total)
     report = {
         "command": shlex.join(["python", "evaluate.py", *argv]),
         "checkpoint": str(args.checkpoint),
         "sha256": sha256,
         **provenance(device),
+        "processes": distributed.world_size(),
         **check_auto_attack(args.attacks, num_classes),
-        "trained": {"epoch": content.get("epoch"), "settings": settings},
+        "trained": {"epoch": content.get("epoch"), "settings": content["settings"]},
         "protocol": protocol_name,
         **{name: getattr(args, name) for name in REPORTED},
+        "save_images": args.save_images and str(args.save_images),
         "test_images": images.sha256(),
     }
     print(f"{args.checkpoint}: protocol {protocol_name}, {total} test images, seed {args.seed}")
 
     columns, places = plan_columns(networks, planned, total)
     batches = torch.arange(total).split(args.batch_size)
+    if len(batches) < distributed.world_size():
+        print(f"note: {len(batches)} batches for {distributed.world_size()} processes: try a smaller --batch-size")
+    image_file = None
+    if args.save_images:
+        made = {f"{role} {name}": behind[-1] for (role, name), behind in places.items() if name != "clean"}
+        image_file = SavedImages(args.save_images, made, total, images.x.shape[1:])
     progress_file = Path(f"{args.json or args.checkpoint}.progress")
-    outputs = [args.json, args.json.with_suffix(".npz")] if args.json else []
-    with open_progress(progress_file, report, len(columns), batches, args.resume) as (records, append):
-        for path in outputs:
-            if path.exists() and len(records) < len(batches):
-                raise UserError(f"{path} exists already: choose another --json, or delete it")
+    progress = open_progress(progress_file, report, len(columns), batches, args.resume, outputs, image_file)
+    with distributed.on_rank0(progress) as records:
         try:
-            attack_batches(networks, columns, places, images, batches, records, append, args)
-            result_masks = add_results(report, columns, places, records, settings, args.step_size, num_classes)
-            if args.json:
-                with cli.atomic_write(outputs[1]) as partial, open(partial, "wb") as file:
-                    np.savez_compressed(file, **result_masks, y=images.y.cpu(), indices=indices)
-                cli.write_text(args.json, json.dumps(report, indent=1) + "\n")
-                progress_file.unlink()
-            for sentence in report["warnings"]:
-                print(f"warning: {sentence}", file=sys.stderr)
-            print(table(report["results"], report["worst_case"]), flush=True)
-            progress_file.unlink(missing_ok=True)
+            attack_batches(
+                networks, columns, places, images, batches, records, lambda record: append(progress_file, record),
+                step_size=args.step_size, seed=args.seed, keep=image_file and image_file.write,
+            )  # fmt: skip
+            if distributed.rank() == 0:
+                found, masks = results(columns, places, records, args.step_size, num_classes)
+                settings = content["settings"]
+                found["results"] = [{"name": settings[row["network"]], **row} for row in found["results"]]
+                if args.json:
+                    if image_file:
+                        attacked = {f"{role} {name}": masks[f"{role} clean"] for role, name in places}
+                        image_file.finish(attacked, indices, images.y.cpu())
+                    with cli.atomic_write(args.json.with_suffix(".npz")) as partial, open(partial, "wb") as file:
+                        np.savez_compressed(file, **masks, y=images.y.cpu(), indices=indices)
+                    cli.write_text(args.json, json.dumps(report | found, indent=1) + "\n")
+                    progress_file.unlink()
+                    if image_file:
+                        image_file.discard()
+                for sentence in found["warnings"]:
+                    print(f"warning: {sentence}", file=sys.stderr)
+                print(table(found), flush=True)
+                progress_file.unlink(missing_ok=True)
         except (KeyboardInterrupt, BrokenPipeError) as stop:
             done = sum(len(batch) for batch in batches[: len(records)])
             if not progress_file.exists():
@@ -353,6 +475,16 @@ def main(argv):
             else:
                 kept = "nothing was saved yet"
             raise type(stop)(kept) from None
+
+
+@exit_status
+@numerics(deterministic=False)
+def main(argv):
+    args = parser().parse_args(argv)
+    if args.attacks is None:
+        args.attacks = attack_names(DEFAULT_ATTACKS if args.protocol == "standard" else f"{DEFAULT_ATTACKS},aa")
+    with distributed.process_group(args.device) as device:
+        evaluate(args, argv, device)
 
 
 if __name__ == "__main__":

@@ -162,19 +162,25 @@ def attack_batch(model, name, x, y, indices, *, epsilon, step_size, seed):
     return x_adv
 
 
-def correct_under_attack(model, images, indices, attack, *, batch_size, **budget):
-    """Which of the images at `indices`, (M,) int64 on the CPU, are classified as their label in eval mode: (M,) bool on
-    the CPU. `budget` is epsilon, step_size and seed of `attack_batch`. Raises UserError if a logit is not finite."""
-    if len(indices) == 0:
-        return torch.zeros(0, dtype=torch.bool)
-    layout = memory_format(images.x.device, "fp32")
-    masks = []
+def attack_images(model, images, indices, attack, **budget):
+    """x_adv of the images at `indices`, (B,) int64 on the CPU, and which of them the model, in eval mode, still
+    classifies as their label, (B,) bool on the CPU. `budget` is epsilon, step_size and seed of `attack_batch`. Raises
+    UserError if a logit is not finite."""
+    selected = images.select(indices.to(images.y.device))
+    x = selected.x
+    if not x.is_floating_point():
+        x = to_float(x, memory_format(x.device, "fp32"))
     with eval_mode(model):
-        for batch in indices.split(batch_size):
-            selected = images.select(batch.to(images.y.device))
-            x = to_float(selected.x, layout)
-            x_adv = attack_batch(model, attack, x, selected.y, batch, **budget)
-            masks.append(is_correct(model, x_adv, selected.y).cpu())
+        x_adv = attack_batch(model, attack, x, selected.y, indices, **budget)
+        return x_adv, is_correct(model, x_adv, selected.y).cpu()
+
+
+def correct_under_attack(model, images, indices, attack, *, batch_size, **budget):
+    """Which of the images at `indices` are still classified as their label, as `attack_images` says batch by batch."""
+    masks = [torch.zeros(0, dtype=torch.bool)]
+    for batch in indices.split(batch_size):
+        if len(batch):
+            masks.append(attack_images(model, images, batch, attack, **budget)[1])
     return torch.cat(masks)
 
 
@@ -210,26 +216,32 @@ def plan_columns(roles, attacks, total):
 
 
 def attack_columns(networks, columns, images, indices, *, step_size, seed):
-    """What a progress file holds of one batch, the images at `indices`: "masks" (a string of 0 and 1 per column),
-    "seconds" (per column) and AutoAttack's "warnings"."""
-    masks, seconds, warnings = [], [], []
+    """Attacks one batch, the images at `indices`. Returns what a progress file holds of it: "masks" (a string of 0 and
+    1 per column), "seconds" (per column) and AutoAttack's "warnings"; and per column x_adv (B, 3, H, W), in which an
+    image keeps what fooled it first."""
+    masks, x_advs, seconds, warnings = [], [], [], []
     for column in columns:
         began = time.perf_counter()
-        attacked = indices < column.n
-        if column.before is not None:
-            attacked = attacked & masks[column.before]
+        if column.before is None:
+            attacked = indices < column.n
+            x_adv = torch.empty(len(indices), *images.x.shape[1:], device=images.x.device)
+        else:
+            attacked = (indices < column.n) & masks[column.before]
+            x_adv = x_advs[column.before].clone()
         mask = torch.zeros_like(attacked)
-        with sanity_warnings() as sentences:
-            mask[attacked] = correct_under_attack(
-                networks[column.network], images, indices[attacked], column.attack,
-                epsilon=column.epsilon, step_size=step_size, batch_size=len(indices), seed=seed,
-            )  # fmt: skip
+        if attacked.any():
+            with sanity_warnings() as sentences:
+                x_adv[attacked.to(x_adv.device)], mask[attacked] = attack_images(
+                    networks[column.network], images, indices[attacked], column.attack,
+                    epsilon=column.epsilon, step_size=step_size, seed=seed,
+                )  # fmt: skip
+            where = f"{column.network}: AutoAttack on images {indices[0]} to {indices[-1]}"
+            warnings += [f"{where}: {sentence}" for sentence in sentences]
         masks.append(mask)
+        x_advs.append(x_adv)
         seconds.append(time.perf_counter() - began)
-        where = f"{column.network}: AutoAttack on images {indices[0]} to {indices[-1]}"
-        warnings += [f"{where}: {sentence}" for sentence in sentences]
     strings = ["".join(map(str, mask.int().tolist())) for mask in masks]
-    return {"masks": strings, "seconds": seconds, "warnings": warnings}
+    return {"masks": strings, "seconds": seconds, "warnings": warnings}, x_advs
 
 
 def read_masks(records):

@@ -208,7 +208,7 @@ def masks_of(model, images, attacks):
     """The columns, their places by attack, their masks, and the warnings."""
     indices = torch.arange(len(images.y))
     columns, places = robustness.plan_columns(["target"], attacks, len(indices))
-    record = robustness.attack_columns({"target": model}, columns, images, indices, step_size=0, seed=0)
+    record, _ = robustness.attack_columns({"target": model}, columns, images, indices, step_size=0, seed=0)
     return columns, places, robustness.read_masks([record]), record["warnings"]
 
 
@@ -310,10 +310,11 @@ def test_all_is_the_mean_over_five_attacks_and_absent_unless_each_was_measured()
     row = lambda network, name, n: {"network": network, "attack": name, **evaluate.accuracy_row(torch.arange(100) < n)}
     accuracies = {"clean": 90, "pgd10": 60, "pgd20": 50, "pgd50": 40, "cw": 30, "aa": 20}
     clean, *five = [row("target", *measured) for measured in accuracies.items()]
-    assert evaluate.table([clean, *five], []).splitlines()[-1].split() == ["target", "All", "40.00%"]
+    table = lambda *rows: evaluate.table({"results": rows, "worst_case": []})
+    assert table(clean, *five).splitlines()[-1].split() == ["target", "All", "40.00%"]
     for missing in five:
         others = [clean, *(row for row in five if row is not missing), {**missing, "network": "guide"}]
-        assert "All" not in evaluate.table(others, [])
+        assert "All" not in table(*others)
 
 
 def test_the_protocols_are_what_they_say():
