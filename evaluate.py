@@ -135,11 +135,9 @@ def attack_network(model, x, y, attacks, *, epsilon=8 / 255, step_size=2 / 255, 
     device = next(model.parameters(), x).device
     images = Images(x.float(), y, list(range(num_classes))).to(device)
     columns, places = plan_columns(["network"], {name: (len(y), epsilon) for name in attacks}, len(y))
-    records = []
-    attack_batches(
-        {"network": FloatLogits(model)}, columns, places, images, torch.arange(len(y)).split(batch_size), records,
-        records.append, step_size=step_size, seed=seed,
-    )  # fmt: skip
+    records, batches = [], torch.arange(len(y)).split(batch_size)
+    networks = {"network": FloatLogits(model)}
+    attack_batches(networks, columns, places, images, batches, records, step_size=step_size, seed=seed)
     report, masks = results(columns, places, records, step_size, num_classes)
     return report, {name: masks[f"network {name}"] for name in attacks}
 
@@ -344,9 +342,11 @@ def check_auto_attack(attacks, num_classes):
         raise UserError("AutoAttack is not installed: pip install pyautoattack") from None
 
 
-def attack_batches(networks, columns, places, images, batches, records, append, *, step_size, seed, keep=None):
+def attack_batches(
+    networks, columns, places, images, batches, records, *, step_size, seed, write=lambda record: None, keep=None
+):
     """Attacks the batches that `records` does not have yet, shared out among the processes, and adds them to it in
-    order, each written by `append` first, on rank 0. `keep` gets a batch's indices and its x_adv per column."""
+    order, on rank 0, each after a call of `write`. `keep` gets a batch's indices and its x_adv per column."""
     done = sum(len(batch) for batch in batches[: len(records)])
 
     def attack(i):
@@ -358,7 +358,7 @@ def attack_batches(networks, columns, places, images, batches, records, append, 
     with Progress(len(images.y), done) as bar:
         for record in distributed.in_order(attack, range(len(records), len(batches))):
             size = len(record["masks"][0])
-            append(record)
+            write(record)
             records.append(record)
             done += size
             accuracies = []
@@ -445,8 +445,8 @@ def evaluate(args, argv, device):
     with distributed.on_rank0(progress) as records:
         try:
             attack_batches(
-                networks, columns, places, images, batches, records, lambda record: append(progress_file, record),
-                step_size=args.step_size, seed=args.seed, keep=image_file and image_file.write,
+                networks, columns, places, images, batches, records, step_size=args.step_size, seed=args.seed,
+                write=lambda record: append(progress_file, record), keep=image_file and image_file.write,
             )  # fmt: skip
             if distributed.rank() == 0:
                 found, masks = results(columns, places, records, args.step_size, num_classes)

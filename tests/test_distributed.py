@@ -1,14 +1,17 @@
 """Real processes: several that train together agree with one; a run whose process is killed goes on."""
 
 import functools
+import json
 import multiprocessing
 import os
 import resource
 import signal
 import socket
 import sys
+import time
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +21,7 @@ import checkpoints
 import cli
 import data
 import distributed
+import evaluate
 import train_dynat
 from cli import UserError
 from models import CNN
@@ -81,8 +85,33 @@ def train_all(folder, variables, network, disturbance, runs):
             sys.exit(status)
 
 
-def launch(folder, world_size, *job):
-    """`train_all` on every rank, as torchrun starts them. Returns the exit statuses, negative after a signal."""
+def evaluate_on_rank(folder, variables, accident, arguments):
+    """One evaluation, with an accident when rank 0 has written its second batch, or a mistake on rank 1."""
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    rank = int(variables.get("RANK", 0))
+    sys.stdout = sys.stderr = open(folder / f"{rank}.txt", "w", buffering=1)  # noqa: SIM115
+    torch.set_num_threads(1)
+    append, attack, lines = evaluate.append, evaluate.attack_columns, []
+
+    def disturbed_append(path, line):
+        append(path, line)
+        lines.append(line)
+        if isinstance(accident, signal.Signals) and len(lines) == 3:  # a head and two batches
+            signal.raise_signal(accident)
+
+    def disturbed_attack(*arguments, **settings):
+        if accident == "mistake" and rank == 1:
+            raise UserError("rank 1 found a damaged image")
+        if accident == "mistake" and not lines[1:]:
+            time.sleep(2)  # rank 1 gets a batch
+        return attack(*arguments, **settings)
+
+    evaluate.append, evaluate.attack_columns = disturbed_append, disturbed_attack
+    sys.exit(evaluate.main(arguments))
+
+
+def launch(folder, world_size, *job, target=train_all):
+    """`target` on every rank, as torchrun starts them. Returns the exit statuses, negative after a signal."""
     folder.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -90,7 +119,7 @@ def launch(folder, world_size, *job):
     processes = []
     for rank in range(world_size):
         variables = {"RANK": rank, "LOCAL_RANK": rank, **of_all} if world_size > 1 else {}
-        processes.append(FORKSERVER.Process(target=train_all, args=(folder, variables, *job)))
+        processes.append(FORKSERVER.Process(target=target, args=(folder, variables, *job)))
         with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # so that it can import this file
             processes[-1].start()
     for process in processes:
@@ -227,3 +256,58 @@ def test_of_several_processes_the_first_one_says_what_is_wrong(capsys):
         with mock.patch.dict(os.environ, variables):
             assert main(["--beta", "much"]) == 2
         assert capsys.readouterr().err.count("\n") == lines
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    """The figures and images of one process in a folder, and the command without its output files."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    assert main([*SHORT, "--epochs", "2", "--out", str(folder / "run")]) == 0
+    flags = "--attacks clean,pgd2,apgd --images 40 --batch-size 7 --network guide"
+    command = [str(folder / "run" / "last.pt"), *flags.split()]
+    assert launch(folder, 1, "", [*command, *outputs(folder)], target=evaluate_on_rank) == [0]
+    return folder, command
+
+
+def outputs(folder):
+    return ["--json", str(folder / "figures.json"), "--save-images", str(folder / "images.npz")]
+
+
+def assert_same_evaluation(folder, other):
+    """Both have the same matrix, byte for byte, the same images and, but for seconds, the same results."""
+    assert len({(path / "figures.npz").read_bytes() for path in (folder, other)}) == 1
+    images, others = (np.load(path / "images.npz") for path in (folder, other))
+    assert images.files == others.files and all(np.array_equal(images[name], others[name]) for name in images.files)
+    figures, expected = (json.loads((path / "figures.json").read_text())["results"] for path in (folder, other))
+    for rows in (figures, expected):
+        for row in rows:
+            for part in (row, *row.get("stages", [])):
+                assert part.pop("seconds") >= 0
+    assert figures == expected
+
+
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_that_share_an_evaluation_find_what_one_finds(tmp_path, evaluation, world_size):
+    expected, command = evaluation
+    statuses = launch(tmp_path, world_size, "", [*command, *outputs(tmp_path)], target=evaluate_on_rank)
+    assert statuses == [0] * world_size, (tmp_path / "0.txt").read_text()
+    assert_same_evaluation(tmp_path, expected)
+    assert not any((tmp_path / f"{rank}.txt").read_text() for rank in range(1, world_size)), "only rank 0 prints"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".npz", ".txt"}, "litter"
+
+
+@pytest.mark.parametrize(("accident", "status", "said"), [
+    (signal.SIGKILL, -signal.SIGKILL, ""),
+    (signal.SIGTERM, 143, "interrupted: 7 of 40 images are done; to go on, add --resume\n"),
+    ("mistake", 2, "error: rank 1 found a damaged image\n"),
+])  # fmt: skip
+def test_a_shared_evaluation_goes_on_with_another_number_of_processes_after(
+    tmp_path, evaluation, accident, status, said
+):
+    expected, command = evaluation
+    command = [*command, *outputs(tmp_path), "--resume"]
+    assert launch(tmp_path, 2, accident, command, target=evaluate_on_rank)[0] == status
+    printed = (tmp_path / "0.txt").read_text()
+    assert said in printed and "Traceback" not in printed and (tmp_path / "1.txt").read_text() == ""
+    assert launch(tmp_path, 3, "", command, target=evaluate_on_rank) == [0] * 3
+    assert_same_evaluation(tmp_path, expected)

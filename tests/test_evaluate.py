@@ -554,3 +554,107 @@ def test_a_full_disk_and_a_reader_that_left_name_the_file(run, tmp_path, monkeyp
         assert mistake(capsys, *command) == f"error: cannot write {file}.progress: No space left on device"
     monkeypatch.setattr(evaluate, "table", mock.Mock(side_effect=BrokenPipeError))
     assert mistake(capsys, *command).endswith(f"the figures are in {file}")
+
+
+def test_saved_images_are_in_the_ball_and_have_the_verdicts_of_the_matrix(run, model, tmp_path, capsys):
+    """Of an attack's images and indices, also where AutoAttack's stages each fooled some."""
+    files = ["--json", tmp_path / "figures.json", "--save-images", tmp_path / "images.npz"]
+    flags = ["--network", "guide", "--attacks", "clean,pgd4,cw,aa-fast", "--images", 20, "--batch-size", 8]
+    assert evaluated(capsys, run / "last.pt", *flags, *files)[0] == 0
+    matrix, saved = np.load(tmp_path / "figures.npz"), np.load(tmp_path / "images.npz")
+    position = {index: place for place, index in enumerate(matrix["indices"].tolist())}
+    images = load_images("tiny", "test").select(torch.from_numpy(matrix["indices"]))
+    clean = to_float(images.x)
+    for name in ("guide pgd4", "guide cw", "guide aa-fast"):
+        places = torch.tensor([position[index] for index in saved[f"{name} indices"].tolist()])
+        assert places.tolist() == np.flatnonzero(matrix["guide clean"]).tolist()
+        assert saved[f"{name} y"].tolist() == images.y[places].tolist()
+        x_adv, x = torch.from_numpy(saved[name]), clean[places]
+        assert x_adv.dtype == torch.float32 and x_adv.min() >= 0 and x_adv.max() <= 1
+        assert 0.02 < (x_adv - x).abs().max() <= 8 / 255 + 1e-6
+        verdicts = robustness.is_correct(model, x_adv, images.y[places])
+        assert verdicts.tolist() == matrix[name][places].tolist() and not verdicts.all()
+    assert not list(tmp_path.glob("*.raw"))
+
+
+@pytest.mark.parametrize(("there", "flags", "says"), [
+    ("images.npz", [], "images.npz exists already: choose another name"),
+    ("images.npz.raw", [], "images.npz.raw exists already: choose another --save-images"),
+    ("images.npz.raw", ["--resume"], "images.npz.raw is not that of the interrupted evaluation"),
+    ("", ["--resume"], "images.npz.raw is not that of the interrupted evaluation"),
+])  # fmt: skip
+def test_saved_images_overwrite_nothing(there, flags, says, run, tmp_path, monkeypatch, capsys):
+    command = [run / "last.pt", "--attacks", "clean,pgd1", "--images", 40, "--batch-size", 16]
+    command += ["--json", tmp_path / "figures.json", "--save-images", tmp_path / "images.npz"]
+    if flags:
+        first = lambda *_, **__: ({"masks": ["1" * 16] * 2, "seconds": [0, 0], "warnings": []}, torch.rand(2, 16, 1))
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "attack_columns", mock.Mock(side_effect=[first(), KeyboardInterrupt]))
+            assert evaluated(capsys, *command)[0] == 130
+        (tmp_path / "images.npz.raw").unlink()
+    if there:
+        (tmp_path / there).write_text("mine")
+    assert says in mistake(capsys, *command, *flags)
+    assert not there or (tmp_path / there).read_text() == "mine"
+
+
+def test_saved_images_need_files_of_their_own(run, tmp_path, capsys):
+    flags = lambda json, images: ["--json", tmp_path / json, "--save-images", tmp_path / images]
+    assert "another name" in mistake(capsys, run / "last.pt", *flags("a.json", "a.npz"))
+    assert "ends in .npz" in mistake(capsys, run / "last.pt", *flags("a.json", "b.pt"))
+    assert "goes with --json" in mistake(capsys, run / "last.pt", "--save-images", tmp_path / "a.npz")
+
+
+def own_network(classes=3, dtype=torch.float32):
+    """Somebody's network for 64x64 images, which normalises them itself and may give half-precision logits."""
+
+    class Cast(nn.Module):
+        forward = lambda self, x: x.to(dtype)
+
+    torch.manual_seed(0)
+    normalise = Normalize([0.4, 0.5, 0.6], [0.2, 0.2, 0.3])
+    layers = [nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 15 * 15, classes)]
+    return nn.Sequential(normalise, *layers, Cast()).eval()
+
+
+@pytest.mark.parametrize(("classes", "dtype", "attacks"), [
+    (2, torch.float32, "clean,fgsm,pgd5,cw,apgd"),
+    (3, torch.bfloat16, "clean,pgd5,apgd"),
+    (4, torch.bfloat16, "clean,aa"),
+])  # fmt: skip
+def test_any_network_is_attacked(classes, dtype, attacks):
+    """With any number of classes, size of images and precision of logits; nothing of it changes."""
+    network, x = own_network(classes, dtype), torch.rand(12, 3, 64, 64)
+    y = network(x).argmax(1)
+    y[0] = (y[0] + 1) % classes
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    report, masks = evaluate.attack_network(network, x, y, attacks, epsilon=16 / 255, batch_size=5)
+    assert list(masks) == attacks.split(",") and masks["clean"].tolist() == [False] + [True] * 11
+    for row, mask in zip(report["results"], masks.values(), strict=True):
+        assert row["correct"] == mask.sum() < 12 and row["interval"] == evaluate.wilson(row["correct"], 12)
+        assert row["attack"] in evaluate.table(report)
+    assert masks[attacks.split(",")[-1]].sum() < 11
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(weight.requires_grad and weight.grad is None for weight in network.parameters())
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda a: a["model"].train(), "the network is in train mode"),
+    (lambda a: a.update(x=255 * a["x"]), r"pixels from .* to 25\d.*: they must be in \[0, 1\]"),
+    (lambda a: a.update(x=a["x"] - 0.5), "the normalisation into the network"),
+    (lambda a: a.update(x=torch.full_like(a["x"], math.nan)), "pixels from nan"),
+    (lambda a: a.update(x=(255 * a["x"]).byte()), "x is torch.uint8"),
+    (lambda a: a.update(x=a["x"][0]), r"x is .* \(3, 64, 64\)"),
+    (lambda a: a.update(y=a["y"] + 2), "for 6 images and 3 logits"),
+    (lambda a: a.update(y=a["y"][:4]), "for 6 images"),
+    (lambda a: a.update(y=a["y"].float()), "y is torch.float32"),
+    (lambda a: a.update(model=nn.Conv2d(3, 3, 64).eval()), r"gives \(1, 3, 1, 1\) for one image"),
+    (lambda a: a.update(attacks="aa"), "need four classes"),
+    (lambda a: a.update(attacks="pgd"), "unknown attack 'pgd'"),
+    (lambda a: a.update(epsilon=8), "epsilon is 8, for pixels in"),
+])  # fmt: skip
+def test_a_mistake_with_an_own_network_is_one_clear_error(change, says):
+    arguments = {"model": own_network(), "x": torch.rand(6, 3, 64, 64), "y": torch.arange(6) % 3, "attacks": "clean"}
+    change(arguments)
+    with pytest.raises(UserError, match=says):
+        evaluate.attack_network(**arguments)
