@@ -1,9 +1,9 @@
 """How much faster several processes evaluate a network than one: the median of five, side by side.
 
-    python benchmarks/evaluation.py results/jpeg/methods/pgd-at/weights.pt --target cnn-2 --dataset folder --data-dir D
+    python benchmarks/evaluation.py runs/dynat-tiny-cnn-s1/last.pt
 
-The clock runs from the first line of the progress file, when all processes are ready, to the JSON file. Each process has
-one thread. The flags are those of evaluate.py.
+The clock runs from the first line of the progress file, when all processes are ready, to the JSON file. Each process
+has one thread. More flags of evaluate.py may follow.
 """
 
 import os

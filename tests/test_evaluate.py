@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import sys
 from itertools import product
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import counted_accuracy
+from conftest import ROOT
 from torch import nn
 from torchvision.transforms import Normalize
 
@@ -636,6 +638,15 @@ def test_any_network_is_attacked(classes, dtype, attacks):
     assert masks[attacks.split(",")[-1]].sum() < 11
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(weight.requires_grad and weight.grad is None for weight in network.parameters())
+
+
+def test_the_readmes_lines_for_an_own_network_run(capsys):
+    block = re.search(r"```python\n(from evaluate .*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    network, x = own_network(), torch.rand(4, 3, 64, 64)
+    namespace = {"network": network, "x": x, "y": network(x).argmax(1)}
+    exec(block, namespace)
+    assert len(block.splitlines()) <= 8 and namespace["masks"]["cw"].shape == (4,)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == [*namespace["masks"], "worst"]
 
 
 @pytest.mark.parametrize(("change", "says"), [
