@@ -110,6 +110,26 @@ def evaluate_on_rank(folder, variables, accident, arguments):
     sys.exit(evaluate.main(arguments))
 
 
+def lifted_on_rank(folder, variables):
+    """Three updates of dynat_step in somebody's loop, with DistributedDataParallel; rank N leaves its weights."""
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    networks = [plain(10), plain(10)]
+    weights = [weight for network in networks for weight in network.parameters()]
+    optimizer, called, shard = torch.optim.SGD(weights, 0.1, 0.9), networks, slice(None)
+    if variables:
+        dist.init_process_group("gloo")
+        called = [nn.parallel.DistributedDataParallel(network) for network in networks]
+        shard = slice(8 * dist.get_rank(), 8 * dist.get_rank() + 8)
+    for _ in range(3):
+        x, y = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
+        start = x + 0.001 * torch.randn_like(x)
+        settings = {"inner": True, "beta": 1.0, "epsilon": 0.031, "step_size": 2 / 255, "steps": 3}
+        train_dynat.dynat_step(*called, optimizer, x[shard], y[shard], start[shard], **settings)
+    torch.save(weights, folder / f"{variables.get('RANK', 'alone')}.pt")
+
+
 def launch(folder, world_size, *job, target=train_all):
     """`target` on every rank, as torchrun starts them. Returns the exit statuses, negative after a signal."""
     folder.mkdir(exist_ok=True)
@@ -202,6 +222,14 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
     for images, batch_size in ((70, 3), (9, 4), (3, 100)):
         with pytest.raises(UserError, match="--batch-size"):
             distributed.check_batch_size(images, batch_size)
+
+
+def test_a_lifted_step_works_under_distributeddataparallel(tmp_path):
+    for world_size in (1, 2):
+        assert launch(tmp_path, world_size, target=lifted_on_rank) == [0] * world_size
+    alone, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("alone", 0, 1))
+    for weights in ranks:
+        assert max(difference(a, b) for a, b in zip(weights, alone, strict=True)) < 1e-12
 
 
 STOPPED = "interrupted: everything up to epoch 1 is saved; to go on, add --out {} --resume\n"
