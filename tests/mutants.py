@@ -10,6 +10,7 @@ says which piece of source it no longer finds.
 import inspect
 import pkgutil
 import sys
+import textwrap
 from contextlib import contextmanager
 from functools import partial
 
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.slow
 def mutant(name, old, new):
     """Inside the `with`, the function called `name` runs with `new` in the place of `old`, for all who call it."""
     function = inspect.unwrap(pkgutil.resolve_name(name))
-    source = inspect.getsource(function)
+    source = textwrap.dedent(inspect.getsource(function))  # a method is indented
     file = inspect.getsourcefile(function)
     hint = f"in {function.__name__}() of {file}: was it renamed or reworded? Then change this row."
     if source.count(old) != 1:
@@ -290,3 +291,15 @@ def test_a_resume_that_forgets_something_is_noticed(request, tmp_path, name, old
     run_dir, copies, _, _ = request.getfixturevalue("whole")
     with mutant(name, old, new), pytest.raises(AssertionError):
         test_training.check_resume(tmp_path, copies[6], run_dir)  # its second epoch is not saved
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [
+    ("robustness.attack_columns", "x_advs[column.before].clone()", "x_advs[0].clone()"),
+    ("saved_images.SavedImages.write", "place * self.total + int(batch[0])", "place * self.total"),
+])  # fmt: skip
+def test_other_saved_images_than_the_attacked_ones_are_noticed(request, tmp_path, capsys, name, old, new):
+    arguments = map(request.getfixturevalue, ("run", "model"))
+    with mutant(name, old, new), pytest.raises(AssertionError):
+        test_evaluate.test_saved_images_are_in_the_ball_and_have_the_verdicts_of_the_matrix(
+            *arguments, tmp_path, capsys
+        )
