@@ -558,7 +558,7 @@ def test_a_full_disk_and_a_reader_that_left_name_the_file(run, tmp_path, monkeyp
     assert mistake(capsys, *command).endswith(f"the figures are in {file}")
 
 
-def test_saved_images_are_in_the_ball_and_have_the_verdicts_of_the_matrix(run, model, tmp_path, capsys):
+def test_saved_images_are_in_the_ball_and_have_the_matrixs_verdicts(run, model, tmp_path, capsys):
     """Of an attack's images and indices, also where AutoAttack's stages each fooled some."""
     files = ["--json", tmp_path / "figures.json", "--save-images", tmp_path / "images.npz"]
     flags = ["--network", "guide", "--attacks", "clean,pgd4,cw,aa-fast", "--images", 20, "--batch-size", 8]
