@@ -285,8 +285,8 @@ def print_start(facts, train_labels, run_dir):
     settings = facts["settings"]
     sizes = ", ".join(f"{n} {split}" for split, n in facts["images"].items())
     print(f"{run_dir}: {sizes} images, {facts['device']}")
-    rounded = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in settings.items()}
-    words = [f"{name}={v}" for name, v in rounded.items() if v is not None and not isinstance(v, list)]
+    shown = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
+    words = [f"{name}={value:.5g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()]
     print(textwrap.fill(", ".join(words), 100, break_on_hyphens=False))
     # Of several factors that a short schedule gives one epoch, the last counts.
     rates = {first: settings["lr"] * factor for first, factor in settings["milestones"] if first <= settings["epochs"]}
@@ -305,8 +305,7 @@ def print_start(facts, train_labels, run_dir):
 def report(row, epochs):
     """An epoch's metrics as one line of less than 100 columns."""
     line = f"epoch {row['epoch']:3}/{epochs}  lr {row['lr']:<6.4g}  loss {row['loss']:7.4f}"
-    supervision = "label_acc" if "label_acc" in row else "adv_acc"
-    for name in (supervision, "test_acc", "guide_test_acc"):
+    for name in ("label_acc" if "label_acc" in row else "adv_acc", "test_acc", "guide_test_acc"):
         if name in row:  # accuracies are not measured in every epoch
             line += f"  {name} {row[name]:6.2%}"
     return line + f"  {row['seconds']:.1f} s"

@@ -77,9 +77,8 @@ def release_update(settings, networks, optimizer):
         model.to(memory_format=torch.contiguous_format)
     if "awp" in settings["method"]:
         networks = {**networks, "proxy": copy.deepcopy(networks["target"])}
-    arguments = step_settings(settings)
-    for name in ("static_labels", "awp_start"):
-        arguments.pop(name, None)
+    unused = ("static_labels", "awp_start")
+    arguments = {name: value for name, value in step_settings(settings).items() if name not in unused}
     # The releases' ResNets activate into new memory, their WRN in place.
     relu = F.relu if settings["target"].startswith("resnet") else models.relu
 
