@@ -297,9 +297,11 @@ def print_start(facts, train_labels, run_dir):
     for epoch in settings["lr_milestones"] or ():
         if epoch > settings["epochs"]:
             print(f"warning: --lr-milestones {epoch} lies beyond the last epoch, {settings['epochs']}")
-    smallest, label = train_labels.bincount(minlength=len(facts["classes"])).min(0)
+    class_sizes = train_labels.bincount(minlength=len(facts["classes"])).tolist()
+    smallest = min(class_sizes)
     if smallest < 10:
-        print(f"warning: class '{facts['classes'][label]}' has only {smallest} training images")
+        name = facts["classes"][class_sizes.index(smallest)]
+        print(f"warning: class '{name}' has only {smallest} training images")
 
 
 def report(row, epochs):
