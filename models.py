@@ -7,7 +7,6 @@ None normalises its input. Keys and initialisation are those of the authors' rel
 This file needs nothing but torch.
 """
 
-import math
 import re
 
 import torch
@@ -165,8 +164,7 @@ class WideResNet(nn.Module):
         self.fc = Classifier(64 * widen, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,12 +198,8 @@ NAMES = "resnet18, resnet18-lbgat, preactresnet18, cnn, cnn-<widen> as cnn-2, wr
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
-    """The network called `name`, freshly initialised from torch's global random state, in train mode.
-
-    Names: resnet18 (stage strides 1, 2, 2, 2), resnet18-lbgat (1, 1, 2, 2), preactresnet18, cnn, cnn-<widen>, and
-    wrn<depth>-<widen> with (depth - 4) / 6 whole. Images (B, 3, 32, 32) in [0, 1] to logits (B, num_classes).
-    Raises ValueError for any other name.
-    """
+    """The network called `name`, one of NAMES, freshly initialised from torch's global random state, in train mode:
+    images (B, 3, 32, 32) in [0, 1] to logits (B, num_classes). Raises ValueError for any other name."""
     if name == "resnet18":
         return ResNet18(num_classes)
     if name == "resnet18-lbgat":

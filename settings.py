@@ -65,8 +65,7 @@ def absolute(folder):
 
 
 def make_parser(methods, description):
-    """(the parser of all flags; {setting: its flag, an argparse action} in the order of --help). A flag that is not
-    typed is absent from what is parsed."""
+    """(the parser of all flags; {setting: its flag, an argparse action} in the order of --help)."""
     p = Parser(prog="train_dynat.py", description=description, add_help=False, argument_default=SUPPRESS)
     whole, count = in_range(int, 0), in_range(int, 1)
     number, fraction = in_range(parse_fraction, 0), in_range(parse_fraction, 0, 1)
@@ -139,20 +138,15 @@ def parse(argv, methods, description=""):
 def default_settings(typed, methods):
     """The settings from which the `typed` ones differ: the defaults; then what the method says, in general and for
     this data set, target and preset; then those of `tiny`. Its schedule is scaled to the run's epochs."""
-    dataset = typed.get("dataset", DEFAULTS["dataset"])
-    preset = typed.get("preset", DEFAULTS["preset"])
-    method = methods[typed.get("method", DEFAULTS["method"])]
+    tiny = TINY if typed.get("dataset") == "tiny" else {}
+    chosen = {**DEFAULTS, **tiny, **typed}
+    method = methods[chosen["method"]]
     settings = {**DEFAULTS, **method["step_settings"], **method["training"]}
-    tiny = {}
-    if dataset == "tiny":
-        tiny = {name: value for name, value in TINY.items() if name in settings}  # some methods have no guide
-    target = typed.get("target", tiny.get("target", DEFAULTS["target"]))
-    settings |= method.get("for_dataset", {}).get(dataset, {})
-    settings |= method.get("for_target", {}).get(target, {})
-    settings |= method.get("for_preset", {}).get(preset, {})
+    for name in ("dataset", "target", "preset"):
+        settings |= method.get(f"for_{name}", {}).get(chosen[name], {})
     own_epochs = settings["epochs"]
-    settings |= tiny
-    if dataset.startswith("cifar"):
+    settings |= {name: value for name, value in tiny.items() if name in settings}  # some methods have no guide
+    if chosen["dataset"].startswith("cifar"):
         settings["data_dir"] = "data"
     settings["schedule_epochs"] = typed.get("epochs", settings["epochs"])
     scale_schedule(settings, typed.get("schedule_epochs", settings["schedule_epochs"]), own_epochs)
@@ -164,16 +158,12 @@ def scale_schedule(settings, epochs, own_epochs):
     1 + (e - 1) * epochs / own_epochs, rounded, at least 2. So one epoch trains at the schedule's first rate."""
 
     def moved(epoch):
-        if epoch <= 1:
-            return epoch
-        return max(2, round(1 + (epoch - 1) * epochs / own_epochs))
+        return epoch if epoch <= 1 else max(2, round(1 + (epoch - 1) * epochs / own_epochs))
 
-    for name in ("milestones", "tau_milestones"):
-        if name in settings:
-            settings[name] = [(moved(first), value) for first, value in settings[name]]
-    for name in ("awp_start", "easy_until", "hardest_from"):
-        if name in settings:
-            settings[name] = moved(settings[name])
+    for name in {"milestones", "tau_milestones"} & settings.keys():
+        settings[name] = [(moved(first), value) for first, value in settings[name]]
+    for name in {"awp_start", "easy_until", "hardest_from"} & settings.keys():
+        settings[name] = moved(settings[name])
     if "burn_in" in settings:
         first_weighted = settings["burn_in"] + 1
         settings["burn_in"] = moved(first_weighted) - 1
@@ -185,28 +175,30 @@ def over_defaults(typed, methods):
     if settings["data_dir"] is not None:
         settings["data_dir"] = absolute(settings["data_dir"])
     if settings["lr_milestones"] is not None:
-        settings["milestones"] = [(1, 1.0)]
-        for drop, epoch in enumerate(sorted(settings["lr_milestones"]), start=1):
-            settings["milestones"].append((epoch, 10.0**-drop))
+        starts = [1, *sorted(settings["lr_milestones"])]
+        settings["milestones"] = [(epoch, 10.0**-drops) for drops, epoch in enumerate(starts)]
     return settings
 
 
 def learning_rate(settings, epoch):
     """lr times the factor of the last milestone that `epoch` has reached."""
-    reached = [factor for first, factor in settings["milestones"] if first <= epoch]
-    return settings["lr"] * reached[-1]
+    return settings["lr"] * [factor for first, factor in settings["milestones"] if first <= epoch][-1]
+
+
+def check_used(typed, used, method, flags):
+    """Raises UserError if a flag is typed that the method has no use for."""
+    for name in typed:
+        if name not in used:
+            raise UserError(f"--method {method} does not use {flags[name].option_strings[-1]}: leave it out")
 
 
 def resolve(typed, methods, flags):
     """Every setting of a new run. Raises UserError for a flag that changes nothing with this method or another flag."""
     settings = over_defaults(typed, methods)
-    method = methods[settings["method"]]
-    defaults = default_settings(typed, methods)
-    for name in typed:
-        if name not in defaults:
-            raise not_used(flags[name], settings["method"])
-    if settings["preset"] == "release" and "for_preset" not in method:
-        raise UserError(f"--preset release changes nothing of --method {settings['method']}: leave it out")
+    name = settings["method"]
+    check_used(typed, default_settings(typed, methods), name, flags)
+    if settings["preset"] == "release" and "for_preset" not in methods[name]:
+        raise UserError(f"--preset release changes nothing of --method {name}: leave it out")
     also_scaled = {"tau_milestones", "awp_start", "easy_until", "burn_in"} & settings.keys()
     if typed.keys() >= {"lr_milestones", "schedule_epochs"} and not also_scaled:
         raise UserError("--lr-milestones is the whole schedule: leave --schedule-epochs out")
@@ -215,16 +207,10 @@ def resolve(typed, methods, flags):
 
 def skipped_rates(settings, methods):
     """The learning rates of the method's own schedule at which no epoch of this run trains, since it has so few."""
-    method = methods[settings["method"]]
-    own = {**method["training"], **method.get("for_target", {}).get(settings["target"], {})}
-    reached = [factor for first, factor in own["milestones"] if first <= own["epochs"]]
+    own = default_settings({name: settings[name] for name in ("method", "target")}, methods)
+    rates = [settings["lr"] * factor for first, factor in own["milestones"] if first <= own["epochs"]]
     trained = {learning_rate(settings, epoch) for epoch in range(1, settings["epochs"] + 1)}
-    return [settings["lr"] * factor for factor in reached if settings["lr"] * factor not in trained]
-
-
-def not_used(flag, method):
-    """The UserError for a flag that the method has no use for."""
-    return UserError(f"--method {method} does not use {flag.option_strings[-1]}: leave it out")
+    return [rate for rate in rates if rate not in trained]
 
 
 def run_name(typed, methods, flags):
@@ -233,18 +219,13 @@ def run_name(typed, methods, flags):
     settings = {**defaults, **typed}
     words = [settings["method"], settings["dataset"], settings["target"], f"s{settings['seed']}"]
     for name, flag in flags.items():
-        if name not in defaults or name in ("method", "dataset", "target", "seed", *UNNAMED):
+        if name not in typed or name in ("method", "dataset", "target", "seed", *UNNAMED):
             continue
-        value = settings[name]
-        if value == defaults[name]:
+        if typed[name] == defaults.get(name):
             continue
         words.append(flag.option_strings[-1].removeprefix("--"))
-        if isinstance(value, list):
-            words += [str(each) for each in value]
-        elif isinstance(value, str):
-            words.append(value)
-        elif not isinstance(value, bool):
-            words.append(f"{value:g}")
+        values = typed[name] if isinstance(typed[name], list) else [typed[name]]
+        words += [value if isinstance(value, str) else f"{value:g}" for value in values if not isinstance(value, bool)]
     return "-".join(words)
 
 
@@ -263,11 +244,9 @@ def can_give(flag, value):
 
 def check_saved(saved, methods, flags, path):
     """Raises UserError unless `saved`, the settings in the checkpoint `path`, are such as this command line gives."""
-    typed = {}
-    for name, value in saved.items():
-        if name in flags and name not in WHERE and value is not None:
-            typed[name] = value
-    wrong = {name for name, value in typed.items() if name != "data_dir" and not can_give(flags[name], value)}
+    given_by = flags.keys() - {*WHERE, "data_dir"}  # images may have moved
+    typed = {name: value for name, value in saved.items() if name in given_by and value is not None}
+    wrong = {name for name, value in typed.items() if not can_give(flags[name], value)}
     if not wrong:
         given = over_defaults(typed, methods)
         wrong = saved.keys() ^ default_settings(typed, methods).keys()
@@ -283,9 +262,8 @@ def resumed_settings(typed, checkpoint, run_dir, methods, flags):
     line of this version cannot give."""
     saved = checkpoint["settings"]
     check_saved(saved, methods, flags, run_dir / "last.pt")
+    check_used(typed, saved, saved["method"], flags)
     for name, value in typed.items():
-        if name not in saved:
-            raise not_used(flags[name], saved["method"])
         if name not in ("epochs", "data_dir") and value != saved[name]:
             word = name.replace("_", " ")
             raise UserError(f"the {word} of the run in {run_dir} was {saved[name]}, is {value}: leave that flag out")

@@ -154,12 +154,10 @@ def train_epoch(epoch, settings, images, networks, fast, ema, optimizer, gradien
     method = METHODS[settings["method"]]
     settings_of_step = {name: settings[name] for name in (*ATTACK, *method["step_settings"])}
     layout = memory_format(images.x.device, settings["precision"])
+    gaussian = method["start"] == "gaussian"
     sums = []  # stay on the device
     for x, y, generator in train_batches(images, settings["batch_size"], settings["seed"], epoch, layout):
-        if method["start"] == "gaussian":
-            start = gaussian_start(x, generator)
-        else:
-            start = uniform_start(x, settings["epsilon"], generator)
+        start = gaussian_start(x, generator) if gaussian else uniform_start(x, settings["epsilon"], generator)
         shard = distributed.shard(len(y))  # of what was drawn for the batches of all ranks
         gradients.weight = len(y[shard]) / len(y)
         noise = partial(normal_noise, x, generator, shard)
@@ -186,12 +184,10 @@ def train(settings, run_dir, device, checkpoint=None):
     distributed.check_batch_size(count, settings["batch_size"])
     networks, optimizer = prepare_networks(settings, len(classes), device)
     gradients = distributed.GradientReducer(optimizer)
-    bf16, compiled = settings["precision"] == "bf16", settings["compile"]
-    fast = {role: FastNetwork(model, bf16, compiled) for role, model in networks.items()}
+    bf16 = settings["precision"] == "bf16"
+    fast = {role: FastNetwork(model, bf16, settings["compile"]) for role, model in networks.items()}
     ema = copy.deepcopy(networks["target"]) if settings["ema"] else None
-    models = dict(networks)
-    if ema is not None:
-        models["ema"] = ema
+    models = {**networks, "ema": ema} if settings["ema"] else networks
     checksums = {split: found.sha256() for split, found in images.items()}
     facts = {  # of the run: config.json
         "settings": settings,
@@ -289,20 +285,13 @@ def print_start(facts, train_labels, run_dir):
     settings = facts["settings"]
     sizes = ", ".join(f"{n} {split}" for split, n in facts["images"].items())
     print(f"{run_dir}: {sizes} images, {facts['device']}")
-    words = []
-    for name, value in settings.items():
-        if isinstance(value, float):
-            words.append(f"{name}={value:.5g}")
-        elif value is not None and not isinstance(value, list):
-            words.append(f"{name}={value}")
+    shown = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
+    words = [f"{name}={value:.5g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()]
     print(textwrap.fill(", ".join(words), 100, break_on_hyphens=False))
-    rates = {}  # by first epoch; of several factors that a short schedule gives one epoch, the last counts
-    for first, factor in settings["milestones"]:
-        if first <= settings["epochs"]:
-            rates[first] = settings["lr"] * factor
+    # Of several factors that a short schedule gives one epoch, the last counts.
+    rates = {first: settings["lr"] * factor for first, factor in settings["milestones"] if first <= settings["epochs"]}
     print("lr " + ", ".join(f"{rate:.4g} from epoch {first}" for first, rate in rates.items()))
-    skipped = skipped_rates(settings, METHODS) if settings["lr_milestones"] is None else []
-    if skipped:
+    if settings["lr_milestones"] is None and (skipped := skipped_rates(settings, METHODS)):
         words = ", ".join(f"{rate:.4g}" for rate in skipped)
         print(f"warning: in so few epochs none trains at lr {words} of the method's schedule")
     for epoch in settings["lr_milestones"] or ():
@@ -318,8 +307,7 @@ def print_start(facts, train_labels, run_dir):
 def report(row, epochs):
     """An epoch's metrics as one line of less than 100 columns."""
     line = f"epoch {row['epoch']:3}/{epochs}  lr {row['lr']:<6.4g}  loss {row['loss']:7.4f}"
-    supervision = "label_acc" if "label_acc" in row else "adv_acc"
-    for name in (supervision, "test_acc", "guide_test_acc"):
+    for name in ("label_acc" if "label_acc" in row else "adv_acc", "test_acc", "guide_test_acc"):
         if name in row:  # accuracies are not measured in every epoch
             line += f"  {name} {row[name]:6.2%}"
     return line + f"  {row['seconds']:.1f} s"
@@ -327,25 +315,22 @@ def report(row, epochs):
 
 def check_device(settings, device):
     """Raises UserError for a flag that this device, or another flag, does not go with."""
-    if device.type != "cuda":
-        if settings["sync_bn"]:
-            raise UserError("--sync-bn needs an NVIDIA GPU: leave it out")
-        if settings["precision"] == "tf32":
-            raise UserError("--precision tf32 needs an NVIDIA GPU: leave it out")
+    on_gpus = {"--sync-bn": settings["sync_bn"], "--precision tf32": settings["precision"] == "tf32"}
+    for flag, given in on_gpus.items():
+        if given and device.type != "cuda":
+            raise UserError(f"{flag} needs an NVIDIA GPU: leave it out")
     if settings["sync_bn"] and settings["compile"]:
         raise UserError("--sync-bn synchronises the GPU in every forward, which --compile cannot capture: choose one")
 
 
 def print_end(settings, run_dir):
     """Says what to do with the run now."""
-    evaluation = ["python", "evaluate.py", str(run_dir / "last.pt")]
-    picture = ["python", "figures.py", "clean", str(run_dir), "--out", "picture.svg"]
+    picture, networks = "clean", []
     if "guide" in settings:
-        evaluation += ["--network", "target,guide"]
-        picture[2] = "weak-to-strong"
+        picture, networks = "weak-to-strong", ["--network", "target,guide"]
     print(f"\nThe target's weights are in {run_dir / 'weights.pt'}. Draw the run, attack its networks:")
-    print(shlex.join(picture))
-    print(shlex.join(evaluation))
+    print(shlex.join(["python", "figures.py", picture, str(run_dir), "--out", "picture.svg"]))
+    print(shlex.join(["python", "evaluate.py", str(run_dir / "last.pt"), *networks]))
 
 
 @exit_status

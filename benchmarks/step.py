@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import time
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -58,16 +59,14 @@ def step_settings(settings):
 def our_update(settings, networks, optimizer):
     """This project's update of `networks`, a function of x, y and start."""
     method = train_dynat.METHODS[settings["method"]]
-    arguments = step_settings(settings)
     bf16 = settings["precision"] == "bf16"
     fast = {role: FastNetwork(model, bf16, settings["compile"]) for role, model in networks.items()}
 
     def update(x, y, start):
-        from_loop = {"epoch": 1, "all_reduce": all_reduce, "noise": lambda k: torch.randn_like(x)}
-        for name in method.get("needs", ()):
-            arguments[name] = from_loop[name]
+        offered = {"epoch": 1, "all_reduce": all_reduce, "noise": lambda k: torch.randn_like(x)}
+        needed = {name: offered[name] for name in method.get("needs", ())}
         with tf32(settings["precision"] == "tf32"):
-            method["step"](**fast, optimizer=optimizer, x=x, y=y, start=start, **arguments)
+            method["step"](**fast, optimizer=optimizer, x=x, y=y, start=start, **step_settings(settings), **needed)
 
     return update
 
@@ -78,9 +77,8 @@ def release_update(settings, networks, optimizer):
         model.to(memory_format=torch.contiguous_format)
     if "awp" in settings["method"]:
         networks = {**networks, "proxy": copy.deepcopy(networks["target"])}
-    arguments = step_settings(settings)
-    for name in ("static_labels", "awp_start"):
-        arguments.pop(name, None)
+    unused = ("static_labels", "awp_start")
+    arguments = {name: value for name, value in step_settings(settings).items() if name not in unused}
     # The releases' ResNets activate into new memory, their WRN in place.
     relu = F.relu if settings["target"].startswith("resnet") else models.relu
 
@@ -90,12 +88,6 @@ def release_update(settings, networks, optimizer):
             release.RELEASES[settings["method"]](**networks, optimizer=optimizer, **batch, **arguments)
 
     return update
-
-
-def new_update(side, settings, images):
-    """The update of "ours" or of the "release", with networks and an optimizer of its own."""
-    make = {"ours": our_update, "release": release_update}[side]
-    return make(settings, *train_dynat.prepare_networks(settings, len(images.classes), images.x.device))
 
 
 def run_all(update, batches):
@@ -124,21 +116,21 @@ def peak_bytes(run, device):
 def compare(settings, images, repeats):
     """The figures of ours and, if it is written down, of the release. They are timed in turn, after a warm-up."""
     device = images.x.device
-    sides = ["ours"]
+    sides = {"ours": our_update}
     if settings["method"] in release.RELEASES and not settings.get("static_labels"):
-        sides.append("release")
+        sides["release"] = release_update
+    prepare = partial(train_dynat.prepare_networks, settings, len(images.classes), device)
     batches = draw_batches(settings, images)
-    updates = {side: new_update(side, settings, images) for side in sides}
+    updates = {side: make(settings, *prepare()) for side, make in sides.items()}
     seconds = {side: [] for side in sides}
-    for repeat in range(repeats + 1):
-        for side in sides:
-            measured = run_all(updates[side], batches)
-            if repeat > 0:  # the first is the warm-up
-                seconds[side].append(measured)
+    for _ in range(repeats + 1):
+        for side, update in updates.items():
+            seconds[side].append(run_all(update, batches))
     found = {}
-    for side in sides:
+    for side, make in sides.items():
         # Two updates from nothing: in the second one the momentum is there.
-        peak = peak_bytes(lambda side=side: run_all(new_update(side, settings, images), batches[:1] * 2), device)
+        peak = peak_bytes(lambda make=make: run_all(make(settings, *prepare()), batches[:1] * 2), device)
+        del seconds[side][0]  # the warm-up
         middle = median(seconds[side])
         found[side] = {"seconds_per_update": middle, "seconds_per_update_all": seconds[side], "peak_bytes": peak}
         print(f"{side:8} {middle:.4f} s/update  peak {peak / 2**20:.0f} MiB")
@@ -162,10 +154,7 @@ def main(argv):
     settings = resolve(typed, train_dynat.METHODS, flags)
     device = pick_device(where["device"])
     train_dynat.check_device(settings, device)
-    if "awp_start" in settings:
-        settings["awp_start"] = 1
-    if "burn_in" in settings:
-        settings["burn_in"] = 0
+    settings |= {name: first for name, first in (("awp_start", 1), ("burn_in", 0)) if name in settings}
     images = class_balanced_subset(load_images("tiny", "train"), args.updates * settings["batch_size"], 1).to(device)
     found = {"command": shlex.join(["python", "benchmarks/step.py", *argv]), **provenance(device)}
     print(f"{found['device']}, torch {found['torch']}, commit {found['commit']}")

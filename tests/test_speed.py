@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from contextlib import nullcontext
 
 import pytest
@@ -122,10 +121,6 @@ def test_networks_and_images_are_channels_last_except_in_float32_on_a_gpu():
     assert memory_format(torch.device("cuda"), "fp32") == torch.contiguous_format
     for device, precision in (("cpu", "fp32"), ("cpu", "bf16"), ("cuda", "tf32"), ("cuda", "bf16")):
         assert memory_format(torch.device(device), precision) == torch.channels_last
-
-
-def test_tests_hide_every_accelerator():
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 @pytest.fixture

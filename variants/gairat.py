@@ -75,24 +75,13 @@ def dynat_gairat_step(
 
 
 MILESTONES = [(1, 1.0), (60, 0.1), (90, 0.01), (110, 0.005)]
+PAPER = {"label_smoothing": 0.2, "burn_in": 70}  # so is the weight decay of 5e-4, whose exponent it has lost
 DYNAT_GAIRAT = {
     "step": dynat_gairat_step,
     "start": "uniform",
     "needs": ("epoch", "all_reduce"),
-    "step_settings": {
-        "inner": False,
-        "static_labels": False,
-        "beta": 1.0,
-        "step_size": 0.007,
-        "label_smoothing": 0.2,  # the paper
-        "burn_in": 70,  # the paper
-    },
-    "training": {
-        "guide": "resnet18",
-        "epochs": 120,
-        "milestones": MILESTONES,
-        "weight_decay": 5e-4,  # the paper, its exponent lost
-    },
+    "step_settings": {"inner": False, "static_labels": False, "beta": 1.0, "step_size": 0.007, **PAPER},
+    "training": {"guide": "resnet18", "epochs": 120, "milestones": MILESTONES, "weight_decay": 5e-4},
     "for_preset": {"release": {"guide": "resnet18-lbgat"}},
 }
 METHODS = {

@@ -43,16 +43,13 @@ def lbgat_step(target, guide, optimizer, x, y, start, *, epsilon, step_size, ste
     }
 
 
+MILESTONES = [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)]
 METHODS = {
     "lbgat": {
         "step": lbgat_step,
         "start": "gaussian",
         "step_settings": {"step_size": 0.007, "kl_weight": 0.0},
-        "training": {
-            "guide": "resnet18-lbgat",
-            "epochs": 100,
-            "milestones": [(1, 0.2), (2, 1.0), (76, 0.1), (91, 0.01)],
-        },
+        "training": {"guide": "resnet18-lbgat", "epochs": 100, "milestones": MILESTONES},
         "for_dataset": {"cifar100": {"kl_weight": 6.0}},
     }
 }

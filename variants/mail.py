@@ -106,13 +106,12 @@ def mail_mse_step(target, guide, optimizer, x, y, start, *, epsilon, step_size, 
 
 
 TRAINING = {"lr": 0.01, "milestones": [(1, 1.0), (76, 0.1), (91, 0.01), (101, 0.001)], "weight_decay": 3.5e-3}
-WITH_GUIDE = {**TRAINING, "guide": "resnet18", "epochs": 100}  # MAIL's schedule up to the epoch that it reports
 DYNAT_MAIL = {
     "step": dynat_mail_step,
     "start": "gaussian",
     "needs": ("epoch",),
     "step_settings": {"inner": False, "static_labels": False, "beta": 1.0, "step_size": 0.007, "burn_in": 76},
-    "training": WITH_GUIDE,
+    "training": {**TRAINING, "guide": "resnet18", "epochs": 100},  # MAIL's schedule up to the epoch that it reports
     "for_preset": {"release": {"guide": "resnet18-lbgat"}},
 }
 METHODS = {
@@ -125,12 +124,5 @@ METHODS = {
         "step_settings": {"step_size": 0.007, "burn_in": 76},
         "training": {**TRAINING, "epochs": 120},
     },
-    "mail-mse": {
-        "step": mail_mse_step,
-        "start": "gaussian",
-        "needs": ("epoch",),
-        "step_settings": {"step_size": 0.007, "burn_in": 76},
-        "training": WITH_GUIDE,
-        "for_preset": {"release": {"guide": "resnet18-lbgat"}},
-    },
+    "mail-mse": {**DYNAT_MAIL, "step": mail_mse_step, "step_settings": {"step_size": 0.007, "burn_in": 76}},
 }

@@ -36,18 +36,13 @@ def sat_step(target, optimizer, x, y, start, *, epsilon, step_size, steps, diffi
     return x_adv, {"loss": loss.detach(), "adv_acc": (adv_logits.argmax(1) == y).float().mean()}
 
 
+CURRICULUM = {"difficulty": 0.4, "easy_until": 30, "hardest_from": 70}
 METHODS = {
     "sat": {
         "step": sat_step,
         "start": "uniform",
         "needs": ("epoch",),
-        "step_settings": {
-            "epsilon": 8 / 255,
-            "step_size": 2 / 255,
-            "difficulty": 0.4,
-            "easy_until": 30,
-            "hardest_from": 70,
-        },
+        "step_settings": {"epsilon": 8 / 255, "step_size": 2 / 255, **CURRICULUM},
         "training": {
             "epochs": 100,
             "lr": 0.05,
