@@ -42,7 +42,7 @@ def row(ours, name, attack, *args, **settings):
 
 kept = np.load(sys.argv[3])
 images = load_images("folder", "test", sys.argv[2]).select(torch.from_numpy(kept["indices"]))
-x, y = to_float(images.x), images.y
+x, y = to_float(images.x, torch.contiguous_format), images.y  # torchattacks' FAB views NCHW only
 model = build_model("cnn-2", 10).eval().requires_grad_(False)
 model.load_state_dict(torch.load(sys.argv[1]))
 
