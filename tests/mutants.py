@@ -300,6 +300,4 @@ def test_a_resume_that_forgets_something_is_noticed(request, tmp_path, name, old
 def test_other_saved_images_than_the_attacked_ones_are_noticed(request, tmp_path, capsys, name, old, new):
     arguments = map(request.getfixturevalue, ("run", "model"))
     with mutant(name, old, new), pytest.raises(AssertionError):
-        test_evaluate.test_saved_images_are_in_the_ball_and_have_the_matrixs_verdicts(
-            *arguments, tmp_path, capsys
-        )
+        test_evaluate.test_saved_images_are_in_the_ball_and_have_the_matrixs_verdicts(*arguments, tmp_path, capsys)
