@@ -2,7 +2,7 @@
 
 Every set lives on the device as uint8 (N, 3, 32, 32); batches are cropped, flipped and turned into [0, 1] there.
 All random draws come from `make_generator(device, seed, ...)`: they depend on the seed, the epoch and the step alone.
-Of this project it imports `checkpoints`, `cli` and `image_files`.
+Of this project it imports `cli` and `image_files`.
 """
 
 import contextlib
@@ -13,17 +13,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
-import checkpoints
-import image_files
 from cli import Progress, UserError, check_file, first_line
-from image_files import SIDE
+from image_files import SIDE, decode_all
 
 DATASETS = ("cifar10", "cifar100", "folder", "tiny")
 TINY_SIZE = {"train": 3000, "test": 1000}  # images
@@ -190,7 +187,7 @@ def folder(data_dir, split):
     root = data_dir / split
     classes = _class_names(data_dir, split)
     files, labels = _find_images(root, classes)
-    x = _decode_once(files, root, data_dir / ".decoded" / f"{split}.pt")
+    x = _decode(files, root)
     _note_odd_pixels(x, files, root)
     return Images(x, torch.tensor(labels), classes)
 
@@ -252,33 +249,14 @@ def _files_below(folder, above=()):
     return files
 
 
-def _stamp(files, root):
-    """A checksum of all on which the decoded pixels depend: the rules, Pillow and the files. A file's content is
-    known by its inode and its times; ctime cannot be set by hand."""
-    digest = hashlib.sha256(Path(image_files.__file__).read_bytes())
-    digest.update(PIL.__version__.encode())
-    for file in files:
-        name = str(file).removeprefix(str(root))
-        status = file.stat()
-        known_by = (name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-        digest.update(repr(known_by).encode())
-    return digest.hexdigest()
-
-
-def _decode_once(files, root, cache):
-    """The images of `files`, (N, 3, 32, 32) uint8, from the file `cache` if it holds these, else decoded and kept.
-    Says how many have transparent pixels."""
-    stamp = _stamp(files, root)
-    with contextlib.suppress(UserError):  # there is no such file, or it cannot be read
-        content = checkpoints.load(cache)
-        if not checkpoints.invalid_keys(content, {"stamp": str, "x": torch.Tensor}) and content["stamp"] == stamp:
-            return content["x"]
+def _decode(files, root):
+    """The images of `files`, (N, 3, 32, 32) uint8. Says how many have transparent pixels."""
     x = torch.empty(len(files), 3, SIDE, SIDE, dtype=torch.uint8)
     transparent = 0
     try:
         with Progress(len(files), 0) as progress:
             progress.leave = False  # on a terminal the bar goes in the end
-            for pixels, count in image_files.decode_all(files):
+            for pixels, count in decode_all(files):
                 x[progress.done : progress.done + len(pixels)] = torch.from_numpy(pixels)
                 transparent += count
                 progress.advance(len(pixels), f"decoding {root}")
@@ -286,9 +264,6 @@ def _decode_once(files, root, cache):
         raise UserError(str(error)) from None
     if transparent:
         _note(f"{transparent} images below {root} have transparent pixels: transparency is ignored")
-    with contextlib.suppress(UserError, OSError):  # where it cannot be written, every start decodes
-        cache.parent.mkdir(exist_ok=True)
-        checkpoints.save(cache, {"stamp": stamp, "x": x})
     return x
 
 

@@ -1,17 +1,15 @@
 """Image files as 32x32 RGB pixels, decoded on all cores.
 
-Of this project it imports nothing, and no torch: worker processes run this file and should start fast.
+Of this project it imports nothing.
 """
 
 import os
-import pickle
-import subprocess
-import sys
 import warnings
-from contextlib import suppress
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, PngImagePlugin
+from torch.utils.data import DataLoader
 
 SIDE = 32  # pixels
 CHUNK = 32  # images that a worker gets at a time
@@ -38,8 +36,8 @@ def decode(file):
 
 
 def decode_chunk(files):
-    """(pixels (N, 3, 32, 32) uint8, how many of the files have transparent pixels). Raises ValueError, which names the
-    file, if one cannot be read."""
+    """(pixels (N, 3, 32, 32) uint8, how many of the files have transparent pixels); or, because an error would lose its
+    words between processes, a ValueError that names the file which cannot be read."""
     pixels = np.empty((len(files), 3, SIDE, SIDE), np.uint8)
     transparent = 0
     for index, file in enumerate(files):
@@ -47,7 +45,7 @@ def decode_chunk(files):
             pixels[index], has_transparency = decode(file)
         except Exception as error:  # a damaged image makes Pillow's many readers raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{file} cannot be read as an image ({reason}): mend or remove it") from None
+            return ValueError(f"{file} cannot be read as an image ({reason}): mend or remove it")
         transparent += has_transparency
     return pixels, transparent
 
@@ -57,40 +55,13 @@ def decode_all(files):
     file cannot be read."""
     chunks = [files[first : first + CHUNK] for first in range(0, len(files), CHUNK)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if min(cores, len(chunks)) == 1:
-        yield from map(decode_chunk, chunks)
-        return
-    # Threads would wait for each other: with small images most of the work is Python's. multiprocessing would run the
-    # caller's script again or copy a process that has threads. Ctrl-C does not reach a session of its own.
-    command, workers = [sys.executable, __file__], []
+    workers = min(cores, len(chunks)) if cores > 1 else 0
+    own_generator = torch.Generator()  # or the loader would draw from the caller's
+    loader = DataLoader(chunks, None, num_workers=workers, collate_fn=decode_chunk, generator=own_generator)
     try:
-        for number in range(min(cores, len(chunks))):
-            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-            workers.append(worker)
-            with suppress(BrokenPipeError):  # it could not start: its answer is missing below
-                pickle.dump(chunks[number::cores], worker.stdin)
-                worker.stdin.close()
-        for number, chunk in enumerate(chunks):
-            try:
-                answer = pickle.load(workers[number % cores].stdout)
-            except (EOFError, pickle.UnpicklingError):
-                raise ValueError(f"a file from {chunk[0]} to {chunk[-1]} ends the process that reads it") from None
+        for answer in loader:
             if isinstance(answer, ValueError):
                 raise answer
             yield answer
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-            worker.stdout.close()
-
-
-if __name__ == "__main__":
-    with suppress(BrokenPipeError, EOFError):  # the process that asked has ended
-        for chunk in pickle.load(sys.stdin.buffer):
-            try:
-                answer = decode_chunk(chunk)
-            except ValueError as error:
-                answer = error
-            pickle.dump(answer, sys.stdout.buffer)
-            sys.stdout.flush()
+    except RuntimeError as error:  # a worker has died
+        raise ValueError(f"a file from {files[0]} to {files[-1]} cannot be read ({error})") from None

@@ -4,13 +4,13 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from conftest import ROOT
@@ -20,7 +20,6 @@ from PIL import Image, PngImagePlugin
 from torchvision import datasets
 from torchvision.transforms import functional as vision
 
-import checkpoints
 import data
 import evaluate
 import image_files
@@ -173,9 +172,8 @@ def test_a_deeper_range_in_a_wider_type_is_noted(tmp_path, capsys):
     for name in ("cat", "dog"):
         (tmp_path / "test" / name).mkdir(parents=True)
         Image.fromarray(grey).save(tmp_path / "test" / name / "scan.tif")
-    for _ in range(2):  # decoded, and from the decoded copy
-        load_images("folder", "test", tmp_path)
-        assert re.search(r"no pixel .* above 14 of 255(?s:.*)2 images .* almost black", capsys.readouterr().err)
+    load_images("folder", "test", tmp_path)
+    assert re.search(r"no pixel .* above 14 of 255(?s:.*)2 images .* almost black", capsys.readouterr().err)
 
 
 def test_all_cores_decode_what_one_decodes_and_name_what_they_cannot_read(tmp_path, monkeypatch):
@@ -185,13 +183,15 @@ def test_all_cores_decode_what_one_decodes_and_name_what_they_cannot_read(tmp_pa
         Image.fromarray(draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
     pixels, _ = image_files.decode_chunk(files)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    random_state = torch.get_rng_state()
     decoded = [chunk for chunk, _ in image_files.decode_all(files)]
     assert len(decoded) == 6 and np.array_equal(np.concatenate(decoded), pixels)
+    assert torch.equal(torch.get_rng_state(), random_state)
     files[100].write_text("no image")
     with pytest.raises(ValueError, match=r"100\.png cannot be read as an image"):
         list(image_files.decode_all(files))
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(ValueError, match=r"0\.png to .*31\.png ends the process that reads it"):
+    monkeypatch.setattr(image_files, "decode", lambda file: signal.raise_signal(signal.SIGKILL))
+    with pytest.raises(ValueError, match=r"0\.png to .*166\.png cannot be read \(DataLoader worker"):
         list(image_files.decode_all(files))
 
 
@@ -205,36 +205,6 @@ def test_an_image_is_cut_to_its_centre_square_and_turned_as_its_camera_says(tmp_
     assert pixels[:, :15, 2:-2].min() == 255 and pixels[:, 17:].max() == 0
 
 
-def test_a_second_start_decodes_only_if_something_has_changed_or_the_copy_is_damaged(photos, monkeypatch):
-    decode = Mock(wraps=image_files.decode_all)
-    monkeypatch.setattr(image_files, "decode_all", decode)
-    fresh = load_images("folder", "train", photos)
-    copy = photos / ".decoded" / "train.pt"
-    stamp = checkpoints.load(copy)["stamp"]
-
-    def decodes():
-        decode.reset_mock()
-        assert load_images("folder", "train", photos).sha256() == fresh.sha256()
-        return decode.called
-
-    assert not decodes()
-    for content in ({"stamp": "x", "x": fresh.x + 1}, {"stamp": stamp}, [fresh.x]):
-        checkpoints.save(copy, content)
-        assert decodes()
-    for owner, name, value in ((PIL, "__version__", "0.1"), (image_files, "__file__", checkpoints.__file__)):
-        monkeypatch.setattr(owner, name, value)
-        assert decodes() and not decodes()
-    changed = photos / "train" / "dog" / "c.bmp"
-    before = changed.stat()
-    Image.new("L", (20, 50), 98).save(changed)  # of the same size, time and name
-    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
-    fresh = load_images("folder", "train", photos)
-    assert fresh.x[10].unique().tolist() == [98]
-    copy.write_text("no checkpoint")
-    monkeypatch.setattr(checkpoints, "save", Mock(side_effect=UserError("cannot be written")))
-    assert decodes() and decodes()
-
-
 @given(st.sampled_from(["a.png", "b.JPG", "c.bmp", "d.webp", "e.tif", "f.gif"]), st.randoms(use_true_random=False))
 def test_a_damaged_image_is_read_or_named(tmp_path_factory, name, draws):
     """Any bytes of it may be other ones, and its end may be missing."""
@@ -244,10 +214,11 @@ def test_a_damaged_image_is_read_or_named(tmp_path_factory, name, draws):
     for _ in range(draws.randrange(1, 8)):
         content[draws.randrange(len(content))] = draws.randrange(256)
     damaged.write_bytes(content[: draws.choice([len(content), draws.randrange(len(content))])])
-    try:
-        assert image_files.decode_chunk([damaged])[0].shape == (1, 3, 32, 32)
-    except ValueError as error:
-        assert name in str(error) and "\n" not in str(error)
+    found = image_files.decode_chunk([damaged])
+    if isinstance(found, ValueError):
+        assert name in str(found) and "\n" not in str(found)
+    else:
+        assert found[0].shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -50,8 +50,7 @@ def error_of(finished, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(data, "TINY_SIZE", {"train": 200, "test": 40})
 
     def tree():
-        paths = [path for path in Path().rglob("*") if ".decoded" not in path.parts]
-        return {path: path.read_bytes() if path.is_file() else None for path in paths}
+        return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
 
     def run(argv, main=train_dynat.main):
         before = tree()
