@@ -83,48 +83,20 @@ def prints():
 @contextmanager
 def sigterm_raises():
     """Inside the `with`, the first SIGTERM raises Terminated, later ones are ignored. Ranks that do not print die of it
-    at once, so that rank 0 waits for none. Nothing changes in a thread, or where somebody else has a handler."""
-    in_thread = threading.current_thread() is not threading.main_thread()
-    if in_thread or not prints() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    at once, so that rank 0 waits for none. Nothing changes in a thread, which gets no signals."""
+    if threading.current_thread() is not threading.main_thread() or not prints():
         yield
         return
-    own_pid = os.getpid()
 
     def handle(*_):
-        if os.getpid() != own_pid:  # a worker, which inherited this function
-            os._exit(143)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
-    signal.signal(signal.SIGTERM, handle)
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextmanager
-def clean_torch():
-    """Inside the `with`, nothing depends on the default device, half precision, autocast, gradients or loading that a
-    caller or a start-up file has chosen in torch. The caller's random numbers stay as they would have been."""
-    device = torch.empty(0).device  # torch 2.9: get_default_device() raises after set_default_device(None)
-    dtype = torch.get_default_dtype()
-    with ExitStack() as stack:
-        for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
-            if name in os.environ:  # with both, torch.load refuses every file
-                stack.callback(os.environ.__setitem__, name, os.environ.pop(name))
-        if device.type != "cpu":
-            stack.callback(torch.set_default_device, device)
-            torch.set_default_device(None)
-        if dtype.itemsize < 4:
-            stack.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
-        for kind in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        yield
+        signal.signal(signal.SIGTERM, before)
 
 
 def exit_status(main):
@@ -138,11 +110,13 @@ def exit_status(main):
             raise TypeError("main takes a list of words, such as ['--dataset', 'tiny']")
         if argv is None:
             argv = sys.argv[1:]
+        for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+            os.environ.pop(name, None)  # with both, torch.load refuses every file; files are read with True here
         open_closed_streams()
         speaks = prints()
         status = 2
         try:
-            with clean_torch():
+            with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they would have been
                 main(argv)
             sys.stdout.flush()
             return 0
@@ -169,6 +143,8 @@ def exit_status(main):
                 line += f": {stop}"
         if speaks:
             print_error(line)
+        elif status == 2:  # of all ranks: if this one ended first, torchrun would end rank 0 before it has printed
+            time.sleep(2)
         return status
 
     return wrapped
