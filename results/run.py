@@ -151,7 +151,9 @@ def measure(commands, run_dir, kept, typed):
         test_images = json.loads((run_dir / "config.json").read_bytes())["images"]["test"]
         commands["aa"][commands["aa"].index("1000")] = str(min(1000, test_images))
     write_text(written, "".join(shlex.join(command) + "\n" for command in commands.values()))
-    data_dir = typed[typed.index("--data-dir") + 1] if "--data-dir" in typed else "data"
+    where = Parser(add_help=False)  # --data-dir D or --data-dir=D
+    where.add_argument("--data-dir", default="data")
+    data_dir = where.parse_known_args(typed)[0].data_dir
     for report in reports:
         if not (run_dir / report).exists():
             execute(commands[report.removesuffix(".json")])

@@ -90,7 +90,7 @@ def test_the_overfitting_rows_have_equal_settings():
 
 def test_a_stopped_plan_goes_on_and_a_finished_one_runs_nothing(project):
     folder, calls = project
-    words = ["methods", "--rows", "pgd-at", "dynat", "--out", "kept", "--", "--target", "cnn", "--data-dir", "images"]
+    words = ["methods", "--rows", "pgd-at", "dynat", "--out", "kept", "--", "--target", "cnn", "--data-dir=images"]
     (folder / "stop").write_text("aa")  # the last command of pgd-at
     assert exit_status(*words) == 1 and len(calls()) == 3 + 2
     assert sorted(path.parent.name for path in folder.glob("kept/methods/*/last.json")) == ["dynat", "pgd-at"]
